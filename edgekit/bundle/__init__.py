@@ -1,0 +1,1 @@
+"""The bundle format: its manifest, how it is read, checked and written."""

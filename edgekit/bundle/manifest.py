@@ -1,0 +1,214 @@
+"""`edgekit.json` as frozen, validated values; docs/bundle.md is the page of prose behind them."""
+
+from __future__ import annotations
+
+from pathlib import PurePosixPath
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from edgekit.bundle.recipe import Name, Recipe, Table
+from edgekit.errors import BadManifest, UnsafePath
+
+FORMAT = 1
+MANIFEST_FILE = "edgekit.json"
+
+DType = Literal["float32", "float16", "bfloat16", "int64", "int32", "uint8", "int8", "bool", "float64", "uint16"]
+Sha256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}$")]
+Dim = Annotated[int, msgspec.Meta(ge=0, le=2**40)] | Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z_][\w+*/ -]{0,63}$")]
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**48)]
+Text = Annotated[str, msgspec.Meta(max_length=1 << 20)]
+
+
+class _Value(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Frozen, validated, and written without its defaults."""
+
+
+class FileEntry(_Value):
+    """One file of the bundle; `path` is relative, with forward slashes, and stays inside."""
+
+    path: Annotated[str, msgspec.Meta(min_length=1, max_length=512)]
+    bytes: Count
+    sha256: Sha256
+
+    def __post_init__(self) -> None:
+        check_path(self.path)
+
+
+class TensorSpec(_Value):
+    """A graph input or output: integers are fixed sizes, names are dynamic axes."""
+
+    name: str
+    dtype: DType
+    shape: tuple[Dim, ...]
+
+
+class AxisRange(_Value):
+    """Legal sizes of a dynamic axis."""
+
+    min: Count = 1
+    max: Count = 2**31
+
+
+class Part(_Value):
+    """One graph, the data files its weights lie in, and its signature."""
+
+    graph: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    data: tuple[str, ...] = ()
+    precision: str = "fp32"
+    parameters: Count = 0
+
+    def __post_init__(self) -> None:
+        for path in (self.graph, *self.data):
+            check_path(path)
+
+
+class KVCacheLayout(_Value):
+    """Shape of one layer's key (and value) buffer: (batch, heads, capacity, head_dim)."""
+
+    layers: Annotated[int, msgspec.Meta(ge=1, le=1000)]
+    heads: Annotated[int, msgspec.Meta(ge=1, le=1000)]
+    head_dim: Annotated[int, msgspec.Meta(ge=1, le=4096)]
+    dtype: Literal["float32", "float16"] = "float32"
+
+
+class SamplingDefaults(_Value):
+    """What `generation_config.json` recommends; `temperature` 0 is greedy decoding."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+
+class Decoding(_Value):
+    """The language-model contract. `dialect` says which inputs the graph has (docs/bundle.md lists both)."""
+
+    part: Name
+    dialect: Literal["ort", "std"]
+    context_length: Annotated[int, msgspec.Meta(ge=1, le=2**31)]
+    vocab_size: Annotated[int, msgspec.Meta(ge=2, le=2**31)]
+    kv: KVCacheLayout
+    eos: tuple[int, ...] = ()
+    bos: int | None = None
+    sliding_window: int | None = None
+    defaults: SamplingDefaults = SamplingDefaults()
+
+
+class Tokenizer(_Value):
+    """A `tokenizer.json`, its content hash, and how a prompt becomes ids.
+
+    `length` pads or cuts to a fixed number of ids with `pad` (text encoders); None leaves the length free.
+    `chat_template` is the path of a jinja2 file, run in a sandbox.
+    """
+
+    file: str
+    fingerprint: Sha256
+    length: int | None = None
+    pad: int | None = None
+    chat_template: str | None = None
+    special: dict[str, str] = {}
+
+    def __post_init__(self) -> None:
+        check_path(self.file)
+        if self.chat_template is not None:
+            check_path(self.chat_template)
+
+
+class Gate(_Value):
+    """One measured check the bundle passed: `value` against `limit`, in the words of `what`."""
+
+    what: str
+    value: float
+    limit: float
+
+
+class PrecisionRecord(_Value):
+    """What was asked, and the checks it passed. Per-part precision stands with the part."""
+
+    requested: str = "fp32"
+    gates: tuple[Gate, ...] = ()
+
+
+class Provenance(_Value):
+    """Where the weights came from and what made the bundle.
+
+    `request` is the hash of source, options and version: an equal request finds its work already done.
+    """
+
+    source: str
+    source_sha256: Sha256
+    request: str = ""
+    licence: str = "unknown"
+    tools: dict[str, str] = {}
+    loras: tuple[str, ...] = ()
+    created: str = ""
+
+
+class Manifest(_Value):
+    """The whole of `edgekit.json`."""
+
+    format: int
+    task: Literal["text-generation", "text-to-image", "super-resolution"]
+    family: str
+    parts: dict[Name, Part]
+    files: tuple[FileEntry, ...]
+    provenance: Provenance
+    precision: PrecisionRecord = PrecisionRecord()
+    axes: dict[str, AxisRange] = {}
+    tokenizers: dict[Name, Tokenizer] = {}
+    recipe: Recipe | None = None
+    tables: tuple[Table, ...] = ()
+    decoding: Decoding | None = None
+    notes: dict[str, Text] = {}
+
+
+def check_path(path: str) -> None:
+    """Refuse a path that could name anything outside its bundle.
+
+    Raises:
+        UnsafePath: absolute, with `..`, a drive, a backslash, or a control character.
+    """
+    pure = PurePosixPath(path)
+    bad = pure.is_absolute() or ".." in pure.parts or "\\" in path or ":" in path or str(pure) != path
+    if bad or any(ord(c) < 32 for c in path):
+        raise UnsafePath(f"{path!r} is not a plain path inside the bundle; bundles name files by relative path only")
+
+
+def decode_manifest(raw: bytes) -> Manifest:
+    """Parse and validate the bytes of `edgekit.json`.
+
+    Raises:
+        UnknownFormat, BadManifest, UnsafePath: each says which field and why.
+    """
+    from edgekit.bundle.validate import check_manifest
+
+    manifest = parse(raw)
+    check_manifest(manifest)
+    return manifest
+
+
+def parse(raw: bytes) -> Manifest:
+    """Bytes to values; structure only, meaning is `validate`'s."""
+    from edgekit.errors import UnknownFormat
+
+    try:
+        version = msgspec.json.decode(raw, type=dict[str, Any]).get("format")
+        if version != FORMAT:
+            raise UnknownFormat(f"bundle format {version!r}; this edgekit reads {FORMAT}. Export the model again.")
+        return msgspec.json.decode(raw, type=Manifest)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as why:
+        raise BadManifest(f"{MANIFEST_FILE}: {why}") from why
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """Canonical bytes: indented, keys in declaration order."""
+    return msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n"
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of `edgekit.json`, generated from these classes."""
+    return msgspec.json.schema(Manifest)

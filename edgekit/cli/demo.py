@@ -1,0 +1,156 @@
+"""`edgekit demo`: export the models that ship with the project, run both tasks, leave pictures, code and a table."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from edgekit.cli import terminal
+
+if TYPE_CHECKING:
+    from edgekit.runtime.diffusion.pipeline import ImagePipeline
+    from edgekit.runtime.llm.pipeline import TextPipeline
+
+PICTURES = ("red apple", "dog face", "rocket", "pizza", "sun", "cat face", "tulip", "snowman")
+STEPS = (1, 2, 4)
+CODE = 'import os\n\n\ndef list_files(path):\n    """Return the names of all files in a directory."""\n'
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """A checkpoint that ships with the project, and the bundle the demo makes of it."""
+
+    model: str
+    bundle: str
+
+
+SHIPPED = (
+    Shipped("emoji", "emoji.bundle"),
+    Shipped("pycode", "pycode.bundle"),
+    Shipped("pycode-draft", "pycode-draft.bundle"),
+)
+
+
+def command(
+    models: Annotated[Path, typer.Option(help="Folder of the shipped checkpoints.")] = Path("models"),
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where bundles and results go.")] = Path("demo"),
+    seed: Annotated[int, typer.Option(help="Same seed, same pictures.")] = 0,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Export the shipped checkpoints (what is up to date is reused) and run both tasks."""
+
+    def verb() -> None:
+        summary = {
+            "bundles": export_all(models, output, quiet=quiet or as_json),
+            "pictures": draw(output, seed),
+            "code": complete(output, seed),
+        }
+        from edgekit.bundle.store import write_atomically
+
+        write_atomically(output / "summary.json", json.dumps(summary, indent=1).encode())
+        if as_json:
+            terminal.show_json(summary)
+        else:
+            _show(output, summary)
+
+    terminal.run_verb(verb, as_json=as_json)
+
+
+def export_all(models: Path, output: Path, *, quiet: bool) -> list[dict[str, Any]]:
+    """Export every shipped model whose bundle is not up to date.
+
+    Raises:
+        BadRequest: the checkpoints are not in `models` (they come with the repository, not with the wheel).
+    """
+    from edgekit.errors import BadRequest
+    from edgekit.export import build
+
+    output.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for ship in SHIPPED:
+        if not (models / ship.model).is_dir():
+            raise BadRequest(f"{models / ship.model} is missing; run in a clone of the repository, or give --models")
+        request = build.ExportRequest(models / ship.model, output / ship.bundle, overwrite=True)
+        start = time.perf_counter()
+        made = build.current(request)
+        if made is None:
+            with terminal.progress(quiet=quiet) as report:
+                manifest = build.export(request, report)
+        else:
+            manifest = made
+        rows.append(
+            {
+                "bundle": str(request.target),
+                "reused": made is not None,
+                "seconds": round(time.perf_counter() - start, 2),
+                "bytes": sum(file.bytes for file in manifest.files),
+            }
+        )
+    return rows
+
+
+def draw(output: Path, seed: int) -> list[dict[str, Any]]:
+    """Every prompt at every step count: one PNG each, and one sheet of all of them."""
+    from edgekit.runtime.tasks import load
+
+    model: ImagePipeline = load(output / "emoji.bundle", task="text-to-image")
+    rows, grid = [], []
+    for prompt in PICTURES:
+        line = []
+        for steps in STEPS:
+            result = model.generate(prompt, steps=steps, seed=seed)
+            line.append(result.images[0])
+            if steps == max(STEPS):
+                path = result.save(output / f"{prompt.replace(' ', '-')}.png")
+            rows.append({"prompt": prompt, "steps": steps, "milliseconds": round(1e3 * result.stats.seconds, 1)})
+        grid.append(line)
+        rows[-1]["file"] = str(path)
+    _sheet(grid).save(output / "sheet.png")
+    return rows
+
+
+def _sheet(grid: list[list[Any]]) -> Any:
+    """One column per prompt, one row per step count."""
+    from PIL import Image
+
+    side = grid[0][0].width
+    sheet = Image.new("RGB", (side * len(grid), side * len(grid[0])), "white")
+    for column, line in enumerate(grid):
+        for row, picture in enumerate(line):
+            sheet.paste(picture, (column * side, row * side))
+    return sheet
+
+
+def complete(output: Path, seed: int) -> dict[str, Any]:
+    """A function completed by the shipped code model, greedy."""
+    from edgekit.runtime.tasks import load
+
+    model: TextPipeline = load(output / "pycode.bundle", task="text-generation")
+    result = model.generate(CODE, max_new_tokens=96, temperature=0.0, seed=seed, stop=("\ndef ", "\nclass "))
+    return {
+        "prompt": CODE,
+        "completion": result.text,
+        "tokens": len(result.tokens),
+        "tokens_per_second": round(result.stats.tokens_per_second, 1),
+    }
+
+
+def _show(output: Path, summary: dict[str, Any]) -> None:
+    bundles = [
+        (row["bundle"], terminal.size(row["bytes"]), "reused" if row["reused"] else f"{row['seconds']:.1f} s")
+        for row in summary["bundles"]
+    ]
+    terminal.table("exported", ("bundle", "size", "time"), bundles)
+    times = {(row["prompt"], row["steps"]): f"{row['milliseconds']:.0f} ms" for row in summary["pictures"]}
+    rows = [(prompt, *(times[prompt, steps] for steps in STEPS)) for prompt in PICTURES]
+    terminal.table("pictures (128 px)", ("prompt", *(f"{steps} steps" for steps in STEPS)), rows)
+    code = summary["code"]
+    typer.echo(f"completed code ({code['tokens']} tokens, {code['tokens_per_second']} tokens/s):\n")
+    typer.echo(code["prompt"] + code["completion"])
+    typer.echo(f"\npictures: {output}/sheet.png and one file per prompt; figures: {output}/summary.json")

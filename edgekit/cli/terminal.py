@@ -1,0 +1,104 @@
+"""What every verb shares: errors and their exit codes, progress with time left, JSON output, byte sizes.
+
+Results go to stdout; progress, notes and errors go to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from edgekit.errors import BadRequest, EdgekitError
+
+SCHEMA_VERSION = 1
+INTERRUPTED = 130
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+Report = Callable[[str, float], None]  # (what is being done, fraction done)
+
+
+def run_verb(verb: Callable[[], object], *, as_json: bool) -> None:
+    """Run one verb and end the process with the exit code its outcome owns."""
+    try:
+        verb()
+    except EdgekitError as why:
+        fail(why, as_json=as_json)
+        raise SystemExit(why.exit_code) from None
+    except KeyboardInterrupt:
+        note("interrupted; nothing was left half-written")
+        raise SystemExit(INTERRUPTED) from None
+    except BrokenPipeError:  # the reader went away, as in `edgekit run … | head`
+        sys.stderr.close()
+        raise SystemExit(0) from None
+
+
+def fail(why: EdgekitError, *, as_json: bool) -> None:
+    """Say what went wrong: one line for people, one object for programs."""
+    if as_json:
+        show_json({"error": {"kind": type(why).__name__, "message": str(why), "exit_code": why.exit_code}})
+    else:
+        note(f"error: {why}")
+
+
+def show_json(value: dict[str, Any]) -> None:
+    """The one object a `--json` verb prints."""
+    print(json.dumps({"schema_version": SCHEMA_VERSION, **value}, indent=1), flush=True)  # noqa: T201
+
+
+def note(text: str) -> None:
+    """A line for people, on stderr."""
+    print(text, file=sys.stderr, flush=True)  # noqa: T201
+
+
+@contextmanager
+def progress(*, quiet: bool = False) -> Iterator[Report]:
+    """A bar with time left when someone is looking, nothing otherwise."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        yield lambda _what, _fraction: None
+        return
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description:<32.32}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=1.0)
+        yield lambda what, fraction: bar.update(task, description=what, completed=fraction)
+
+
+def parse_bytes(text: str) -> int:
+    """`300MB`, `8GiB` or plain bytes.
+
+    Raises:
+        BadRequest: anything else.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?i?B?)", text.strip(), re.IGNORECASE)
+    unit = match[2].upper() if match else None
+    if match is None or unit not in UNITS:
+        raise BadRequest(f"{text!r} is not a size; write for example 300MB, 8GB or 2GiB")
+    return int(float(match[1]) * UNITS[unit])
+
+
+def size(count: int | float) -> str:
+    """Bytes as people read them."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.1f} {unit}"
+    return f"{count:.0f} B"
+
+
+def table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    """A table on stdout, plain when piped."""
+    from rich.console import Console
+    from rich.table import Table
+
+    grid = Table(title=title or None, title_justify="left", header_style="bold")
+    for column in columns:
+        grid.add_column(column, overflow="fold")
+    for row in rows:
+        grid.add_row(*row)
+    Console().print(grid)

@@ -1,0 +1,1 @@
+"""Language-model export without torch: config.json and safetensors to ONNX."""

@@ -1,0 +1,70 @@
+"""What kind of model folder this is, read from its own index file and never from its name."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from edgekit.errors import BadSource
+
+INDEX_LIMIT = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model folder as `transformers` or `diffusers` saved it; `index` is its config.json or model_index.json."""
+
+    root: Path
+    kind: Literal["language", "diffusion"]
+    index: dict[str, Any]
+
+    def config(self, component: str, name: str = "config.json") -> dict[str, Any]:
+        """The JSON file of one component, e.g. `config("unet")`.
+
+        Raises:
+            BadSource: missing or malformed.
+        """
+        return read_json(self.root / component / name)
+
+    def class_of(self, component: str) -> str | None:
+        """The class model_index.json names for a component, None where the pipeline has none."""
+        entry = self.index.get(component)
+        return entry[1] if isinstance(entry, list) and len(entry) == 2 else None
+
+
+def read_source(path: Path) -> Source:
+    """Recognise a folder.
+
+    Raises:
+        BadSource: not a folder, or neither index file is in it.
+    """
+    if not path.is_dir():
+        raise BadSource(f"{path} is not a folder; give the folder that save_pretrained wrote (or a hub snapshot of it)")
+    for name, kind in (("model_index.json", "diffusion"), ("config.json", "language")):
+        if (path / name).is_file():
+            return Source(path, kind, read_json(path / name))  # type: ignore[arg-type]
+    raise BadSource(
+        f"{path} has neither model_index.json (a diffusers pipeline) nor config.json (a transformers model); "
+        f"give the folder itself, not the one above it"
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """One JSON object from a file.
+
+    Raises:
+        BadSource: missing, larger than any config, not JSON, or not an object.
+    """
+    try:
+        if path.stat().st_size > INDEX_LIMIT:
+            raise BadSource(f"{path} has {path.stat().st_size:,} bytes; no config is that large")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as why:
+        raise BadSource(f"{path} is missing; is the download complete?") from why
+    except (ValueError, RecursionError) as why:
+        raise BadSource(f"{path}: {why}") from why
+    if not isinstance(value, dict):
+        raise BadSource(f"{path} holds {type(value).__name__}, not an object")
+    return value

@@ -1,0 +1,1 @@
+"""Few-step generation: recipe, table, kernel, guidance, pipeline."""

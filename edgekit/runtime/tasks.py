@@ -1,0 +1,84 @@
+"""What a bundle can do: TASKS names the pipeline of each task, `load` opens a bundle and gives that pipeline."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, overload
+
+from edgekit.bundle.store import read_bundle
+from edgekit.errors import BadRequest
+
+if TYPE_CHECKING:
+    from os import PathLike
+
+    from edgekit.runtime.diffusion.pipeline import ImagePipeline
+    from edgekit.runtime.llm.pipeline import TextPipeline
+
+TASKS = {
+    "text-generation": ("edgekit.runtime.llm.pipeline", "TextPipeline"),
+    "text-to-image": ("edgekit.runtime.diffusion.pipeline", "ImagePipeline"),
+}
+
+
+@overload
+def load(
+    path: str | PathLike[str],
+    *,
+    task: Literal["text-generation"],
+    device: str = ...,
+    threads: int = ...,
+    verify: bool = ...,
+) -> TextPipeline: ...
+
+
+@overload
+def load(
+    path: str | PathLike[str],
+    *,
+    task: Literal["text-to-image"],
+    device: str = ...,
+    threads: int = ...,
+    verify: bool = ...,
+) -> ImagePipeline: ...
+
+
+@overload
+def load(
+    path: str | PathLike[str], *, task: None = None, device: str = ..., threads: int = ..., verify: bool = ...
+) -> TextPipeline | ImagePipeline: ...
+
+
+def load(
+    path: str | PathLike[str],
+    *,
+    task: str | None = None,
+    device: str = "cpu",
+    threads: int = 0,
+    verify: bool = True,
+) -> TextPipeline | ImagePipeline:
+    """Open a bundle and return the pipeline of its task.
+
+    Args:
+        path: the bundle's folder or `.zip`.
+        task: what the caller needs; a bundle of another task is refused. None takes the bundle's own.
+        device: `cpu`, or `cuda` with an optional index.
+        threads: of the inference engine; 0 leaves the choice to it.
+        verify: check every file's sha256 first. Sizes, paths and signatures are checked either way.
+
+    Raises:
+        BundleError: the bundle is not what it says it is; nothing was loaded.
+        DeviceError: the device is not there.
+        BadRequest: the bundle has another task.
+    """
+    bundle = read_bundle(Path(path), verify=verify)
+    found = bundle.manifest.task
+    if task is not None and task != found:
+        raise BadRequest(f"{path} is a {found} bundle; {task} was asked for")
+    if found not in TASKS:
+        raise BadRequest(f"{path}: this edgekit has no runtime for task {found!r}; it has {', '.join(TASKS)}")
+    module, name = TASKS[found]
+    pipeline: TextPipeline | ImagePipeline = getattr(import_module(module), name)(
+        bundle, device=device, threads=threads
+    )
+    return pipeline
