@@ -12,11 +12,14 @@
       DeviceError                    4   the machine cannot do it
         UnknownDevice                    no backend has this name
         DeviceMissing                    the backend is not installed, or gave another device than asked
+        MissingPackage                   an optional dependency this work needs is not installed
         MemoryLimit                      the hard memory cap would be, or was, exceeded
         SessionFailed                    the inference engine refused a graph or a run
       BundleError                    5   the bundle is not what it says it is
         UnknownFormat                    written by another format version
         BadManifest                      edgekit.json is malformed, or contradicts itself or its graphs
+        BadGraph                         a graph file that is not well-formed ONNX
+        BadArchive                       a zip that is not one plain, stored bundle
         UnsafePath                       a path that leaves the bundle, or a link
         MissingFile, ExtraFile           the folder and the manifest disagree
         WrongSize, WrongHash             a file's bytes are not the declared ones
@@ -82,6 +85,10 @@ class DeviceMissing(DeviceError):
     """The backend is not installed, or gave another device than the one asked for."""
 
 
+class MissingPackage(DeviceError):
+    """An optional dependency this work needs is not installed."""
+
+
 class MemoryLimit(DeviceError):
     """The hard memory cap would be, or was, exceeded."""
 
@@ -102,6 +109,14 @@ class UnknownFormat(BundleError):
 
 class BadManifest(BundleError):
     """edgekit.json is malformed, or contradicts itself or its graphs."""
+
+
+class BadGraph(BundleError):
+    """A graph file that is not well-formed ONNX, or hides more than a bundle may hold."""
+
+
+class BadArchive(BundleError):
+    """A zip that is not one plain, uncompressed bundle."""
 
 
 class UnsafePath(BundleError):

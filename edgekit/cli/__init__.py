@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from edgekit.cli import demo, doctor, export, inspect, run
+from edgekit.cli import demo, doctor, export, inspect, run, terminal
 
 app = typer.Typer(
     name="edgekit",
@@ -26,7 +26,8 @@ app.command("demo")(demo.command)
 
 @app.callback(invoke_without_command=True)
 def version(
-    context: typer.Context, show: bool = typer.Option(False, "--version", help="Print the version and exit.")
+    context: typer.Context,
+    show: bool = typer.Option(False, "--version", envvar=None, show_envvar=False, help="Print the version and exit."),
 ) -> None:
     """Few-step generators and small language models, compiled and run on the device."""
     if show:
@@ -40,5 +41,8 @@ def version(
 
 
 def main() -> None:
-    """The `edgekit` console script."""
-    app()
+    """The `edgekit` console script; Ctrl-C before a verb has begun ends like Ctrl-C in one."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        raise SystemExit(terminal.INTERRUPTED) from None

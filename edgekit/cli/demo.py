@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,25 +40,27 @@ def command(
     output: Annotated[Path, typer.Option("-o", "--output", help="Where bundles and results go.")] = Path("demo"),
     seed: Annotated[int, typer.Option(help="Same seed, same pictures.")] = 0,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    json: Annotated[bool, terminal.JSON] = False,
 ) -> None:
     """Export the shipped checkpoints (what is up to date is reused) and run both tasks."""
 
     def verb() -> None:
         summary = {
-            "bundles": export_all(models, output, quiet=quiet or as_json),
+            "bundles": export_all(models, output, quiet=quiet or json),
             "pictures": draw(output, seed),
             "code": complete(output, seed),
         }
-        from edgekit.bundle.store import write_atomically
+        import msgspec
 
-        write_atomically(output / "summary.json", json.dumps(summary, indent=1).encode())
-        if as_json:
+        from edgekit.bundle.files import write_atomically
+
+        write_atomically(output / "summary.json", msgspec.json.format(msgspec.json.encode(summary), indent=1))
+        if json:
             terminal.show_json(summary)
         else:
             _show(output, summary)
 
-    terminal.run_verb(verb, as_json=as_json)
+    terminal.run_verb(verb, as_json=json)
 
 
 def export_all(models: Path, output: Path, *, quiet: bool) -> list[dict[str, Any]]:
@@ -106,11 +107,9 @@ def draw(output: Path, seed: int) -> list[dict[str, Any]]:
         for steps in STEPS:
             result = model.generate(prompt, steps=steps, seed=seed)
             line.append(result.images[0])
-            if steps == max(STEPS):
-                path = result.save(output / f"{prompt.replace(' ', '-')}.png")
             rows.append({"prompt": prompt, "steps": steps, "milliseconds": round(1e3 * result.stats.seconds, 1)})
+        rows[-1]["file"] = str(result.save(output / f"{prompt.replace(' ', '-')}.png"))
         grid.append(line)
-        rows[-1]["file"] = str(path)
     _sheet(grid).save(output / "sheet.png")
     return rows
 
@@ -137,7 +136,7 @@ def complete(output: Path, seed: int) -> dict[str, Any]:
         "prompt": CODE,
         "completion": result.text,
         "tokens": len(result.tokens),
-        "tokens_per_second": round(result.stats.tokens_per_second, 1),
+        "tokens_per_second": round(result.stats.decode_tokens / max(result.stats.decode_seconds, 1e-9), 1),
     }
 
 

@@ -20,7 +20,7 @@ PACKAGES = {
 def command(
     bundle: Annotated[Path | None, typer.Option(help="Also open this bundle's graphs.")] = None,
     device: Annotated[str, typer.Option(help="Device to open them on.")] = "cpu",
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    json: Annotated[bool, terminal.JSON] = False,
 ) -> None:
     """Print versions, providers, devices and conflicts; exit 4 if something cannot work."""
 
@@ -28,16 +28,16 @@ def command(
         from edgekit.errors import DeviceMissing
 
         facts = examine(bundle, device)
-        if as_json:
+        if json:
             terminal.show_json(facts)
         else:
             _show(facts)
         if facts["problems"]:
-            if as_json:
+            if json:
                 raise SystemExit(DeviceMissing.exit_code)
             raise DeviceMissing("; ".join(facts["problems"]))
 
-    terminal.run_verb(verb, as_json=as_json)
+    terminal.run_verb(verb, as_json=json)
 
 
 def examine(bundle: Path | None, device: str) -> dict[str, Any]:

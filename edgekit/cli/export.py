@@ -28,7 +28,7 @@ def command(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would make and cost; write nothing.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a different bundle of this name.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    json: Annotated[bool, terminal.JSON] = False,
 ) -> None:
     """Compile a model folder into a bundle, checked against its source and written atomically."""
 
@@ -48,11 +48,11 @@ def command(
             overwrite=force,
         )
         if dry_run:
-            _show_plan(build.plan(request), as_json=as_json)
+            _show_plan(build.plan(request), as_json=json)
         else:
-            _export(request, quiet=quiet, as_json=as_json)
+            _export(request, quiet=quiet, as_json=json)
 
-    terminal.run_verb(verb, as_json=as_json)
+    terminal.run_verb(verb, as_json=json)
 
 
 def parse_lora(text: str) -> LoraFile:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def command(
     bundle: Annotated[Path, typer.Argument(help="A bundle folder or .zip.")],
     verify: Annotated[bool, typer.Option(help="Check every file's sha256.")] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    json: Annotated[bool, terminal.JSON] = False,
 ) -> None:
     """Print parts, sizes, recipe, legal steps, precision and provenance of a bundle."""
 
@@ -24,7 +24,7 @@ def command(
         from edgekit.bundle.store import read_bundle
 
         manifest = read_bundle(bundle, verify=verify).manifest
-        if as_json:
+        if json:
             import msgspec
 
             facts: dict[str, Any] = {"bundle": str(bundle), "verified": verify}
@@ -32,7 +32,7 @@ def command(
         else:
             _show(bundle, manifest, verified=verify)
 
-    terminal.run_verb(verb, as_json=as_json)
+    terminal.run_verb(verb, as_json=json)
 
 
 def _show(path: Path, manifest: Manifest, *, verified: bool) -> None:
@@ -67,7 +67,13 @@ def _show_recipe(manifest: Manifest) -> None:
         scale = "" if guidance.kind == "none" else f" {guidance.scale:g}"
         legal = ", ".join(map(str, stage.sampler.legal_steps))
         rows.append(
-            (stage.name, stage.sampler.kind, f"{stage.sampler.steps} of {legal}", guidance.kind + scale, stage.denoise.part)
+            (
+                stage.name,
+                stage.sampler.kind,
+                f"{stage.sampler.steps} of {legal}",
+                guidance.kind + scale,
+                stage.denoise.part,
+            )
         )
     terminal.table("recipe", ("stage", "sampler", "steps (default of legal)", "guidance", "network"), rows)
 
@@ -95,7 +101,5 @@ def _show_record(manifest: Manifest) -> None:
     rows += [("lora", lora) for lora in origin.loras]
     rows += [("made", origin.created)] if origin.created else []
     rows += [("tool", f"{name} {version}") for name, version in origin.tools.items()]
-    rows += [
-        ("gate", f"{gate.what}: {gate.value:.3g} (limit {gate.limit:.3g})") for gate in manifest.precision.gates
-    ]
+    rows += [("gate", f"{gate.what}: {gate.value:.3g} (limit {gate.limit:.3g})") for gate in manifest.precision.gates]
     terminal.table("provenance", ("", ""), rows)

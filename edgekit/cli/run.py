@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from edgekit.runtime.diffusion.pipeline import ImagePipeline, ImageResult
     from edgekit.runtime.llm.pipeline import TextPipeline
 
-TEXT, IMAGE = "Text", "Image"
-
 
 @dataclass(frozen=True)
 class Asked:
@@ -42,26 +40,26 @@ def command(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto.")] = "cpu",
     threads: Annotated[int, typer.Option(min=0, help="Engine threads; 0 leaves the choice to the engine.")] = 0,
     seed: Annotated[int, typer.Option(help="Same seed, same result.")] = 0,
-    system: Annotated[str | None, typer.Option(help="System message; implies --chat.", rich_help_panel=TEXT)] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Use the chat template.", rich_help_panel=TEXT)] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, rich_help_panel=TEXT)] = 256,
-    temperature: Annotated[float | None, typer.Option(help="0 is greedy.", rich_help_panel=TEXT)] = None,
-    top_k: Annotated[int | None, typer.Option(rich_help_panel=TEXT)] = None,
-    top_p: Annotated[float | None, typer.Option(rich_help_panel=TEXT)] = None,
-    min_p: Annotated[float | None, typer.Option(rich_help_panel=TEXT)] = None,
-    repetition_penalty: Annotated[float | None, typer.Option(rich_help_panel=TEXT)] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="End before this. Repeatable.", rich_help_panel=TEXT)] = None,
-    steps: Annotated[int | None, typer.Option(help="One of the legal counts.", rich_help_panel=IMAGE)] = None,
-    negative: Annotated[str, typer.Option(help="What not to make.", rich_help_panel=IMAGE)] = "",
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale.", rich_help_panel=IMAGE)] = None,
-    width: Annotated[int | None, typer.Option(rich_help_panel=IMAGE)] = None,
-    height: Annotated[int | None, typer.Option(rich_help_panel=IMAGE)] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Pictures to make.", rich_help_panel=IMAGE)] = 1,
-    image: Annotated[Path | None, typer.Option(help="Start from this picture.", rich_help_panel=IMAGE)] = None,
-    strength: Annotated[float | None, typer.Option(help="How much of it to redraw.", rich_help_panel=IMAGE)] = None,
-    seed_mode: Annotated[str, typer.Option(help="philox or torch-cpu.", rich_help_panel=IMAGE)] = "philox",
+    system: Annotated[str | None, typer.Option(help="System message; implies --chat.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Use the chat template.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Keep the K best tokens; 0 keeps all.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Keep the best tokens up to this probability.")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Keep tokens this probable against the best.")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="Over 1 repeats less.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this. Repeatable.")] = None,
+    steps: Annotated[int | None, typer.Option(help="One of the legal counts.")] = None,
+    negative: Annotated[str, typer.Option(help="What not to make.")] = "",
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures to make.")] = 1,
+    image: Annotated[Path | None, typer.Option(help="Start from this picture.")] = None,
+    strength: Annotated[float | None, typer.Option(help="How much of it to redraw.")] = None,
+    seed_mode: Annotated[str, typer.Option(help="philox or torch-cpu.")] = "philox",
     stats: Annotated[bool, typer.Option("--stats", help="Print times and counts.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    json: Annotated[bool, terminal.JSON] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Only the result.")] = False,
     verify: Annotated[bool, typer.Option(help="Check every file's sha256 first.")] = True,
 ) -> None:
@@ -88,12 +86,10 @@ def command(
     }
 
     def verb() -> None:
-        asked = Asked(
-            read_prompt(prompt, prompt_file), output, seed, stats, quiet, as_json, text, pixels, chat, system
-        )
+        asked = Asked(read_prompt(prompt, prompt_file), output, seed, stats, quiet, json, text, pixels, chat, system)
         _run(bundle, asked, device=device, threads=threads, verify=verify)
 
-    terminal.run_verb(verb, as_json=as_json)
+    terminal.run_verb(verb, as_json=json)
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str:
@@ -124,70 +120,70 @@ def _run(bundle: Path, asked: Asked, *, device: str, threads: int, verify: bool)
         terminal.note(f"device: {chosen}")
     model = load(bundle, device=chosen, threads=threads, verify=verify)
     if isinstance(model, TextPipeline):
-        _refuse_others(asked.image, IMAGE, model.task)
+        _refuse_others(asked.image, "image")
         _run_text(model, asked)
     else:
-        _refuse_others({**asked.text, "chat": asked.chat, "system": asked.system}, TEXT, model.task)
+        _refuse_others({**asked.text, "chat": asked.chat, "system": asked.system}, "text")
         _run_image(model, asked)
 
 
-def _refuse_others(options: dict[str, Any], of: str, task: str) -> None:
+def _refuse_others(options: dict[str, Any], of: str) -> None:
     """An option of another task is a mistake, not something to drop in silence."""
     from edgekit.errors import BadRequest
 
     defaults: dict[str, Any] = {"max_new_tokens": 256, "batch": 1, "seed_mode": "philox", "negative": "", "stop": ()}
     for name, value in options.items():
         if value not in (None, False) and value != defaults.get(name):
-            raise BadRequest(f"--{name.replace('_', '-')} is for {of.lower()} models; this is a {task} bundle")
+            raise BadRequest(
+                f"--{name.replace('_', '-')} is for {of} models; `edgekit inspect` says what this bundle is"
+            )
 
 
 def _run_text(model: TextPipeline, asked: Asked) -> None:
     """Stream to stdout as it comes, or collect for --json and -o."""
     request = {key: value for key, value in asked.text.items() if value is not None}
-    spoken = {"messages": _messages(asked)} if asked.chat or asked.system is not None else {"prompt": asked.prompt}
+    if asked.chat or asked.system is not None:
+        request["messages"] = [{"role": "user", "content": asked.prompt}]
+        request["system"] = asked.system
+    else:
+        request["prompt"] = asked.prompt
     if asked.as_json or asked.output is not None:
-        result = model.generate(**spoken, **request, seed=asked.seed)
+        result = model.generate(**request, seed=asked.seed)
         if asked.output is not None:
-            from edgekit.bundle.store import write_atomically
+            from edgekit.bundle.files import write_atomically
 
             write_atomically(asked.output, result.text.encode())
         if asked.as_json:
-            terminal.show_json({"task": model.task, **asdict(result)})
+            terminal.show_json({"task": "text-generation", **asdict(result)})
         stats = result.stats
     else:
-        stream = model.stream(**spoken, **request, seed=asked.seed)
-        for chunk in stream:
+        for chunk in model.stream(**request, seed=asked.seed):
             sys.stdout.write(chunk.text)
             sys.stdout.flush()
+            stats = chunk.stats
         sys.stdout.write("\n")
-        stats = stream.result.stats
     if asked.stats and not asked.as_json:
         _show_stats(asdict(stats))
 
 
-def _messages(asked: Asked) -> list[dict[str, str]]:
-    told = [] if asked.system is None else [{"role": "system", "content": asked.system}]
-    return [*told, {"role": "user", "content": asked.prompt}]
-
-
 def _run_image(model: ImagePipeline, asked: Asked) -> None:
     """Generate with a bar per step, then write one PNG per picture, each with its recipe inside."""
+    request = {key: value for key, value in asked.image.items() if value is not None}
     with terminal.progress(quiet=asked.quiet or asked.as_json) as report:
         result = model.generate(
             asked.prompt,
-            **asked.image,
+            **request,
             seed=asked.seed,
             on_step=lambda event: report(f"{event.stage} {event.row + 1}/{event.of}", (event.row + 1) / event.of),
         )
     files = [str(path) for path in save_all(result, asked.output or Path("out.png"))]
     if asked.as_json:
-        terminal.show_json(
-            {"task": model.task, "files": files, "metadata": result.metadata, "stats": asdict(result.stats)}
-        )
-    else:
-        for path in files:
-            typer.echo(path)
-    if asked.stats and not asked.as_json:
+        facts = {"files": files, "metadata": result.metadata, "stats": asdict(result.stats)}
+        terminal.show_json({"task": model.task, **facts})
+        return
+    for path in files:
+        typer.echo(path)
+    if asked.stats:
         _show_stats(asdict(result.stats))
 
 
@@ -195,14 +191,14 @@ def save_all(result: ImageResult, output: Path) -> list[Path]:
     """One file per picture: `out.png`, or `out-0.png`, `out-1.png`, ... for a batch."""
     if len(result.images) == 1:
         return [result.save(output)]
-    return [
-        result.save(output.with_name(f"{output.stem}-{index}{output.suffix}"), index)
-        for index in range(len(result.images))
-    ]
+    names = [output.with_name(f"{output.stem}-{number}{output.suffix}") for number in range(len(result.images))]
+    return [result.save(path, number) for number, path in enumerate(names)]
 
 
 def _show_stats(stats: dict[str, Any]) -> None:
+    """One line per figure, on stderr."""
     for name, value in stats.items():
+        told = f"{value:.4g}" if isinstance(value, float) else value
         if isinstance(value, dict):
-            value = ", ".join(f"{key} {part:.4g}" for key, part in value.items())
-        terminal.note(f"{name.replace('_', ' ')}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
+            told = ", ".join(f"{key} {part:.4g}" for key, part in value.items())
+        terminal.note(f"{name.replace('_', ' ')}: {told}")

@@ -8,15 +8,18 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+
+import typer
 
 from edgekit.errors import BadRequest, EdgekitError
 
 SCHEMA_VERSION = 1
 INTERRUPTED = 130
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+JSON = typer.Option("--json", help="One JSON object on stdout.")
 Report = Callable[[str, float], None]  # (what is being done, fraction done)
 
 
@@ -91,7 +94,7 @@ def size(count: int | float) -> str:
     return f"{count:.0f} B"
 
 
-def table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table on stdout, plain when piped."""
     from rich.console import Console
     from rich.table import Table

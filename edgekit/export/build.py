@@ -6,20 +6,31 @@ import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
 from edgekit import __version__
 from edgekit.bundle.manifest import Manifest
 from edgekit.bundle.store import new_bundle, read_bundle, sha256_tree
-from edgekit.errors import BadRequest, BundleError, UnknownDevice
+from edgekit.errors import BadRequest, BundleError, MemoryLimit, MissingPackage, UnknownDevice
+from edgekit.export.memory import memory_cap
 from edgekit.export.plan import ExportPlan
 from edgekit.export.sources import Source, read_source
 
+if TYPE_CHECKING:
+    from edgekit.export.families.export import DiffusionOptions
+
 Report = Callable[[str, float], None]
 
-DIALECTS = {"cpu": "ort", "cuda": "ort", "openvino": "ort", "trt": "std", "trt-rtx": "std"}  # device -> graph dialect
+Dialect = Literal["ort", "std"]
+DIALECTS: dict[str, Dialect] = {"cpu": "ort", "cuda": "ort", "openvino": "ort", "trt": "std", "trt-rtx": "std"}
+NEEDS = {  # kind of source -> the extra, and the modules it brings
+    "language": ("export", ("onnx", "onnx_ir", "ml_dtypes")),
+    "diffusion": ("torch", ("torch", "diffusers", "transformers", "onnxscript", "onnx_ir")),
+}
 
 
 @dataclass(frozen=True)
@@ -61,16 +72,25 @@ class ExportRequest:
 
 
 def plan(request: ExportRequest) -> ExportPlan:
-    """What an export would make and cost, read from configs and file headers only."""
+    """What an export would make and cost, read from configs and file headers only.
+
+    Raises:
+        UsageError: whatever `export` would refuse before it loads a weight.
+    """
     source = read_source(request.source)
+    _require(source)
     if source.kind == "language":
         from edgekit.export.language.export import plan_language
 
         _refuse_for_language(request)
-        return plan_language(request.source, request.precision, DIALECTS[request.device])
-    from edgekit.export.families.export import plan_diffusion
+        planned = plan_language(request.source, request.precision, DIALECTS[request.device])
+    else:
+        from edgekit.export.families.export import plan_diffusion
 
-    return plan_diffusion(source, _diffusion_options(request))
+        planned = plan_diffusion(source, _diffusion_options(request))
+    if request.task not in (None, planned.task):
+        raise BadRequest(f"--task {request.task}: {request.source} is a {planned.task} model")
+    return planned
 
 
 def export(request: ExportRequest, report: Report) -> Manifest:
@@ -81,17 +101,23 @@ def export(request: ExportRequest, report: Report) -> Manifest:
     Raises:
         UsageError: the source or an option cannot be meant; BadRequest if the target exists and is something else.
         ParityFailed: an exported part does not answer like its source.
-        MemoryLimit: `max_memory` would be exceeded.
+        MemoryLimit: `max_memory` is below the need, or was exceeded.
     """
     made = current(request)
     if made is not None:
         return made
+    planned = plan(request)
+    if request.max_memory is not None and planned.peak_bytes > request.max_memory:
+        need, cap = (f"{count / 1e6:,.1f} MB" for count in (planned.peak_bytes, request.max_memory))
+        raise MemoryLimit(f"--max-memory is {cap}; this export needs about {need}. `--dry-run` shows what takes it")
     fingerprint = request.fingerprint()
     with new_bundle(request.target, overwrite=request.overwrite) as draft:
         manifest = _export_parts(request, draft.root, report)
         stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         provenance = msgspec.structs.replace(manifest.provenance, request=fingerprint, created=stamp)
-        return draft.seal(msgspec.structs.replace(manifest, provenance=provenance))
+        sealed = draft.seal(msgspec.structs.replace(manifest, provenance=provenance))
+    report("done", 1.0)
+    return sealed
 
 
 def current(request: ExportRequest) -> Manifest | None:
@@ -111,13 +137,39 @@ def _export_parts(request: ExportRequest, staging: Path, report: Report) -> Mani
     if source.kind == "language":
         from edgekit.export.language.export import export_language
 
-        _refuse_for_language(request)
-        return export_language(
-            request.source, staging, precision=request.precision, dialect=DIALECTS[request.device], progress=report
-        )
+        dialect = DIALECTS[request.device]
+        with memory_cap(request.max_memory):
+            return export_language(
+                request.source, staging, precision=request.precision, dialect=dialect, progress=report
+            )
     from edgekit.export.families.export import export_diffusion
 
     return export_diffusion(source, staging, options=_diffusion_options(request), progress=report)
+
+
+def _diffusion_options(request: ExportRequest) -> DiffusionOptions:
+    from edgekit.export.families.export import DiffusionOptions
+    from edgekit.export.worker import Lora
+
+    return DiffusionOptions(
+        attention=DIALECTS[request.device],
+        precision=request.precision,
+        family=request.family,
+        loras=tuple(Lora(str(lora.path), lora.scale) for lora in request.loras),
+        steps=request.steps,
+        max_memory=request.max_memory,
+    )
+
+
+def _require(source: Source) -> None:
+    """The packages an export needs are there. Raises MissingPackage with the extra that brings them."""
+    extra, names = NEEDS[source.kind]
+    missing = [name for name in names if find_spec(name) is None]
+    if missing:
+        raise MissingPackage(
+            f"exporting a {source.kind} model needs {', '.join(missing)}; install edgekit[{extra}] on the machine that "
+            f"exports (the device that runs the bundle needs neither)"
+        )
 
 
 def _refuse_for_language(request: ExportRequest) -> None:
@@ -126,3 +178,5 @@ def _refuse_for_language(request: ExportRequest) -> None:
         raise BadRequest("--lora folds into image models; merge a language model's adapter with peft before export")
     if request.steps is not None:
         raise BadRequest("--steps is a few-step generator's option; a language model has none")
+    if request.family is not None:
+        raise BadRequest("--family chooses an image family; a language model's is the model_type of its config.json")
