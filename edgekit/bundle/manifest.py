@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from itertools import accumulate
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 
 import msgspec
 
 from edgekit.bundle.recipe import Name, Recipe, Table
-from edgekit.errors import BadManifest, UnsafePath
+from edgekit.errors import BadManifest, UnknownFormat, UnsafePath, WrongSize
 
 FORMAT = 1
 MANIFEST_FILE = "edgekit.json"
+MAX_MANIFEST = 64 * 2**20  # bytes
+MAX_NESTING = 32  # brackets; a manifest of this format needs ten
 
 DType = Literal["float32", "float16", "bfloat16", "int64", "int32", "uint8", "int8", "bool", "float64", "uint16"]
 Sha256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}$")]
@@ -24,7 +28,7 @@ class _Value(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
     """Frozen, validated, and written without its defaults."""
 
 
-class FileEntry(_Value):
+class FileEntry(_Value, frozen=True):
     """One file of the bundle; `path` is relative, with forward slashes, and stays inside."""
 
     path: Annotated[str, msgspec.Meta(min_length=1, max_length=512)]
@@ -35,7 +39,7 @@ class FileEntry(_Value):
         check_path(self.path)
 
 
-class TensorSpec(_Value):
+class TensorSpec(_Value, frozen=True):
     """A graph input or output: integers are fixed sizes, names are dynamic axes."""
 
     name: str
@@ -43,14 +47,14 @@ class TensorSpec(_Value):
     shape: tuple[Dim, ...]
 
 
-class AxisRange(_Value):
+class AxisRange(_Value, frozen=True):
     """Legal sizes of a dynamic axis."""
 
     min: Count = 1
     max: Count = 2**31
 
 
-class Part(_Value):
+class Part(_Value, frozen=True):
     """One graph, the data files its weights lie in, and its signature."""
 
     graph: str
@@ -65,7 +69,7 @@ class Part(_Value):
             check_path(path)
 
 
-class KVCacheLayout(_Value):
+class KVCacheLayout(_Value, frozen=True):
     """Shape of one layer's key (and value) buffer: (batch, heads, capacity, head_dim)."""
 
     layers: Annotated[int, msgspec.Meta(ge=1, le=1000)]
@@ -74,7 +78,7 @@ class KVCacheLayout(_Value):
     dtype: Literal["float32", "float16"] = "float32"
 
 
-class SamplingDefaults(_Value):
+class SamplingDefaults(_Value, frozen=True):
     """What `generation_config.json` recommends; `temperature` 0 is greedy decoding."""
 
     temperature: float = 0.0
@@ -84,7 +88,7 @@ class SamplingDefaults(_Value):
     repetition_penalty: float = 1.0
 
 
-class Decoding(_Value):
+class Decoding(_Value, frozen=True):
     """The language-model contract. `dialect` says which inputs the graph has (docs/bundle.md lists both)."""
 
     part: Name
@@ -98,7 +102,7 @@ class Decoding(_Value):
     defaults: SamplingDefaults = SamplingDefaults()
 
 
-class Tokenizer(_Value):
+class Tokenizer(_Value, frozen=True):
     """A `tokenizer.json`, its content hash, and how a prompt becomes ids.
 
     `length` pads or cuts to a fixed number of ids with `pad` (text encoders); None leaves the length free.
@@ -118,7 +122,7 @@ class Tokenizer(_Value):
             check_path(self.chat_template)
 
 
-class Gate(_Value):
+class Gate(_Value, frozen=True):
     """One measured check the bundle passed: `value` against `limit`, in the words of `what`."""
 
     what: str
@@ -126,14 +130,14 @@ class Gate(_Value):
     limit: float
 
 
-class PrecisionRecord(_Value):
+class PrecisionRecord(_Value, frozen=True):
     """What was asked, and the checks it passed. Per-part precision stands with the part."""
 
     requested: str = "fp32"
     gates: tuple[Gate, ...] = ()
 
 
-class Provenance(_Value):
+class Provenance(_Value, frozen=True):
     """Where the weights came from and what made the bundle.
 
     `request` is the hash of source, options and version: an equal request finds its work already done.
@@ -148,7 +152,7 @@ class Provenance(_Value):
     created: str = ""
 
 
-class Manifest(_Value):
+class Manifest(_Value, frozen=True):
     """The whole of `edgekit.json`."""
 
     format: int
@@ -170,38 +174,58 @@ def check_path(path: str) -> None:
     """Refuse a path that could name anything outside its bundle.
 
     Raises:
-        UnsafePath: absolute, with `..`, a drive, a backslash, or a control character.
+        UnsafePath: absolute, with `..`, a drive, a backslash or an unprintable character, or a name over 255 bytes.
     """
     pure = PurePosixPath(path)
-    bad = pure.is_absolute() or ".." in pure.parts or "\\" in path or ":" in path or str(pure) != path
-    if bad or any(ord(c) < 32 for c in path):
+    bad = not pure.parts or pure.is_absolute() or ".." in pure.parts or "\\" in path or ":" in path or str(pure) != path
+    if bad or not path.isprintable() or any(len(name.encode()) > 255 for name in pure.parts):
         raise UnsafePath(f"{path!r} is not a plain path inside the bundle; bundles name files by relative path only")
 
 
-def decode_manifest(raw: bytes) -> Manifest:
-    """Parse and validate the bytes of `edgekit.json`.
+def parse(raw: bytes) -> Manifest:
+    """Bytes to values; structure only, meaning is `validate`'s.
 
     Raises:
-        UnknownFormat, BadManifest, UnsafePath: each says which field and why.
+        WrongSize: more than MAX_MANIFEST bytes.
+        UnknownFormat: another format version.
+        BadManifest: not JSON, nested too deeply, a key twice, an unknown field, a missing field or a wrong type.
+        UnsafePath: a path that could leave the bundle.
     """
-    from edgekit.bundle.validate import check_manifest
-
-    manifest = parse(raw)
-    check_manifest(manifest)
+    if len(raw) > MAX_MANIFEST:
+        raise WrongSize(f"{MANIFEST_FILE} has {len(raw):,} bytes; the limit is {MAX_MANIFEST:,}. Is this a bundle?")
+    if nesting(raw) > MAX_NESTING:
+        raise BadManifest(f"{MANIFEST_FILE} nests brackets more than {MAX_NESTING} deep; no manifest does")
+    try:
+        version = msgspec.json.decode(raw, type=_Head).format
+        if version != FORMAT:
+            raise UnknownFormat(f"bundle format {version!r}; this edgekit reads {FORMAT}. Export the model again.")
+        manifest = msgspec.json.decode(raw, type=Manifest)
+        json.loads(raw, object_pairs_hook=_unique_keys)
+    except (msgspec.DecodeError, ValueError, RecursionError) as why:
+        raise BadManifest(f"{MANIFEST_FILE}: {why}. Export the model again, or fetch the bundle anew.") from why
     return manifest
 
 
-def parse(raw: bytes) -> Manifest:
-    """Bytes to values; structure only, meaning is `validate`'s."""
-    from edgekit.errors import UnknownFormat
+class _Head(msgspec.Struct):
+    """The one field every format version has; the rest is skipped unread."""
 
-    try:
-        version = msgspec.json.decode(raw, type=dict[str, Any]).get("format")
-        if version != FORMAT:
-            raise UnknownFormat(f"bundle format {version!r}; this edgekit reads {FORMAT}. Export the model again.")
-        return msgspec.json.decode(raw, type=Manifest)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as why:
-        raise BadManifest(f"{MANIFEST_FILE}: {why}") from why
+    format: Any = None
+
+
+def nesting(raw: bytes) -> int:
+    """How deep the brackets of a JSON text go, in time linear in its length and without recursion."""
+    outside = b"".join(raw.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2])
+    brackets = outside.translate(None, delete=bytes(set(range(256)) - set(b"[]{}")))
+    return max(accumulate(1 if bracket in b"[{" else -1 for bracket in brackets), default=0)
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> None:
+    """JSON leaves open which of two equal keys counts (RFC 8259, section 4), so neither does."""
+    seen: set[str] = set()
+    for key, _ in pairs:
+        if key in seen:
+            raise ValueError(f"the key {key!r} stands twice in one object")
+        seen.add(key)
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
@@ -209,6 +233,6 @@ def encode_manifest(manifest: Manifest) -> bytes:
     return msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n"
 
 
-def json_schema() -> dict[str, Any]:
-    """JSON Schema of `edgekit.json`, generated from these classes."""
-    return msgspec.json.schema(Manifest)
+def json_schema() -> bytes:
+    """JSON Schema of `edgekit.json`, generated from these classes: the content of docs/bundle.schema.json."""
+    return msgspec.json.format(msgspec.json.encode(msgspec.json.schema(Manifest), order="sorted"), indent=1) + b"\n"

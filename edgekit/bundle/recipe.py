@@ -34,7 +34,7 @@ class _Value(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
     """Frozen, validated, and written without its defaults."""
 
 
-class NoiseSchedule(_Value):
+class NoiseSchedule(_Value, frozen=True):
     """The training noise schedule of a variance-preserving model: betas, then their running product."""
 
     kind: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "scaled_linear"
@@ -44,7 +44,7 @@ class NoiseSchedule(_Value):
     zero_snr: bool = False
 
 
-class Grid(_Value):
+class Grid(_Value, frozen=True):
     """How `steps` points are chosen on the training grid (names as in diffusers' `timestep_spacing`)."""
 
     spacing: Literal["lcm", "trailing", "leading", "linspace", "uniform", "flow"] = "trailing"
@@ -52,10 +52,10 @@ class Grid(_Value):
     offset: int = 0  # leading: diffusers' steps_offset
 
 
-class Sampler(_Value):
+class Sampler(_Value, frozen=True):
     """One sampler and the step counts the model was distilled for.
 
-    `timesteps` (or `sigmas`, for flow samplers) fixes the grid for `steps == len(timesteps)`; otherwise `grid` makes it.
+    `timesteps` (or `sigmas`, for flow samplers) fixes the grid for `steps == len(timesteps)`; else `grid` makes it.
     `shift` is the flow-matching resolution shift; `timestep_scaling` and `sigma_data` are LCM's boundary condition.
     """
 
@@ -76,8 +76,11 @@ class Sampler(_Value):
     final_alpha_one: bool = True  # ddim: diffusers' set_alpha_to_one
 
 
-class Guidance(_Value):
-    """`cfg` runs the network on prompt and negative prompt; `w_embedding` feeds the scale to the network (LCM)."""
+class Guidance(_Value, frozen=True):
+    """`cfg` runs the network on prompt and negative prompt; `w_embedding` feeds the scale to the network (LCM).
+
+    With `zero_empty`, the conditions of an empty negative prompt are zeros (SDXL's force_zeros_for_empty_prompt).
+    """
 
     kind: Literal["none", "cfg", "w_embedding"] = "none"
     scale: float = 1.0
@@ -86,16 +89,17 @@ class Guidance(_Value):
     shift: float = -1.0
     minimum: float = 1.0
     maximum: float = 30.0
+    zero_empty: bool = False
 
 
-class Call(_Value):
+class Call(_Value, frozen=True):
     """One run of one graph: every input of the part has a source."""
 
     part: Name
     feeds: dict[str, Source]
 
 
-class Init(_Value):
+class Init(_Value, frozen=True):
     """Where a stage's sample starts.
 
     `noise`: (batch, channels, height / downscale, width / downscale), scaled by the table's `init_scale`;
@@ -114,8 +118,8 @@ class Init(_Value):
     shift: float = 0.0
 
 
-class Denoise(_Value):
-    """The network of a stage; `output` names the tensor taken, `keep_channels` its leading channels (learned variance)."""
+class Denoise(_Value, frozen=True):
+    """The network of a stage; `output` is the tensor taken, `keep_channels` its leading channels (learned variance)."""
 
     part: Name
     feeds: dict[str, Source]
@@ -123,7 +127,7 @@ class Denoise(_Value):
     keep_channels: int | None = None
 
 
-class Decode(_Value):
+class Decode(_Value, frozen=True):
     """From sample to picture: `part(sample / scale + shift)`."""
 
     part: Name
@@ -133,7 +137,7 @@ class Decode(_Value):
     shift: float = 0.0
 
 
-class Stage(_Value):
+class Stage(_Value, frozen=True):
     """One denoising loop."""
 
     name: Name
@@ -145,20 +149,24 @@ class Stage(_Value):
     upscale: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1  # output pixels per input pixel of a `direct` stage
 
 
-class Recipe(_Value):
+class Recipe(_Value, frozen=True):
     """Conditions run once; stages run in order, each seeing what came before."""
 
     stages: tuple[Stage, ...]
     conditions: tuple[Call, ...] = ()
 
 
-class Table(_Value):
-    """A stage compiled for one step count: rows of COLUMNS, and what the unit noise is multiplied with at the start."""
+class Table(_Value, frozen=True):
+    """A stage compiled for one step count: rows of COLUMNS, from a start at `init_keep * image + init_scale * noise`.
+
+    Shipped tables start from noise alone; `init_keep` is other than 0 where the runtime compiles image-to-image.
+    """
 
     stage: Name
     steps: Steps
     init_scale: float
     rows: tuple[tuple[float, ...], ...]
+    init_keep: float = 0.0
 
 
 COLUMNS = ("t", "c_in", "px", "pm", "kx", "ky", "km", "kz", "kp", "kq")

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import msgspec
 
-from edgekit.bundle.manifest import Count, Name, TensorSpec
+from edgekit.bundle.manifest import Count, TensorSpec
+from edgekit.bundle.recipe import Name
 
 
 class _Value(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Frozen and validated."""
 
 
-class PartPlan(_Value):
+class PartPlan(_Value, frozen=True):
     """One graph to be made: its inputs and outputs (names are dynamic axes) and the bytes of its weights on disk."""
 
     name: Name
@@ -21,7 +22,7 @@ class PartPlan(_Value):
     parameters: Count = 0
 
 
-class ExportPlan(_Value):
+class ExportPlan(_Value, frozen=True):
     """The whole export.
 
     `disk_bytes` is the finished bundle; `peak_bytes` the largest resident memory of any one process on the way;

@@ -10,7 +10,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import numpy.typing as npt
 
 from edgekit.bundle.manifest import TensorSpec
@@ -28,17 +27,26 @@ class Binding(Protocol):
     run. `run` takes the changing inputs and gives the outputs that are not shared.
     """
 
-    def share(self, input: str, output: str, shape: Sequence[int], dtype: np.dtype[Any]) -> None:
-        """Allocate one buffer, bound as `input` and as `output` of every later run."""
+    live: bool  # whether `read` gives the buffer itself, so that rows can be moved from the host
+
+    def share(self, input: str, output: str, shape: Sequence[int], dtype: npt.DTypeLike) -> None:
+        """Allocate one zeroed buffer, bound as `input` and as `output` of every later run."""
 
     def read(self, input: str) -> Array:
-        """The shared buffer's content; on the CPU a live view, elsewhere a copy."""
+        """The shared buffer's content: a live view where `live`, elsewhere a copy."""
 
     def write(self, input: str, value: Array) -> None:
         """Replace the shared buffer's content."""
 
-    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """One run; raises SessionFailed with the engine's own words."""
+    def run(self, feeds: Mapping[str, Array], into: Mapping[str, Array] | None = None) -> dict[str, Array]:
+        """One run; the outputs that are not shared, by name.
+
+        Feeding the same array object again is cheap and its present content is what is read, so a caller keeps its
+        arrays and changes them in place. `into` names C-contiguous arrays of the right shape, for outputs to land in.
+
+        Raises:
+            SessionFailed: with the engine's own words.
+        """
 
 
 class Session(Protocol):

@@ -39,9 +39,7 @@ def engine() -> Engine:
     """
     wheels = installed_wheels()
     if not wheels:
-        raise DeviceMissing(
-            "onnxruntime is not installed; install edgekit[cpu] (or edgekit[gpu] for CUDA, never both)"
-        )
+        raise DeviceMissing("onnxruntime is not installed; install edgekit[cpu] (or edgekit[gpu] for CUDA, never both)")
     if len(wheels) > 1:
         raise DeviceMissing(
             f"{' and '.join(wheels)} are both installed and overwrite each other; "

@@ -1,0 +1,168 @@
+"""Every input of every part has a source: the contract between a recipe or decoding block and the graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from edgekit.bundle.manifest import Decoding, Manifest, Part
+from edgekit.bundle.recipe import Call, Stage
+from edgekit.errors import BadManifest, UnfedInput
+
+# Where in a recipe a built-in source has a value; `@tokens` also as `@tokens.<tokenizer>`.
+GIVEN = {
+    "conditions": {"@tokens", "@time_ids", "@image"},
+    "encode": {"@image", "@previous", "@tokens", "@time_ids"},
+    "denoise": {"@x", "@t", "@tokens", "@time_ids", "@w_embedding", "@image", "@previous"},
+    "decode": {"@latent", "@tokens", "@time_ids", "@image", "@previous"},
+}
+
+# What the language runtime feeds besides the attention biases and the KV buffers, by dialect: name -> dtype.
+LANGUAGE_INPUTS = {
+    "ort": {
+        "input_ids": "int64",
+        "position_ids": "int64",
+        "seqlens_k": "int32",
+        "total_sequence_length": "int32",
+        "rows": "int64",
+    },
+    "std": {"input_ids": "int64", "position_ids": "int64", "write_indices": "int64", "rows": "int64"},
+}
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One run of one part: where the recipe asks for it, what feeds it, and which of its outputs is taken."""
+
+    where: str
+    place: str
+    part: str
+    feeds: Mapping[str, str]
+    output: str | None = None
+    stage: Stage | None = None
+
+
+def check_feeds(manifest: Manifest) -> None:
+    """Refuse a bundle with a graph input that nothing feeds, or a feed that leads nowhere.
+
+    Raises:
+        UnfedInput: an input without a source, a source that nothing gives, a part that nothing runs.
+        BadManifest: a feed for an input, part, output or tokenizer that does not exist.
+    """
+    used: set[str] = set()
+    given: set[str] = set()
+    for run in _runs(manifest):
+        part = _check_run(manifest, run, given)
+        used.add(run.part)
+        if run.place == "conditions":
+            given |= {f"{run.part}.{spec.name}" for spec in part.outputs}
+    if manifest.decoding is not None:
+        check_decoding(manifest, manifest.decoding)
+        used.add(manifest.decoding.part)
+    for name, part in manifest.parts.items():
+        if name not in used:
+            inputs = ", ".join(spec.name for spec in part.inputs)
+            raise UnfedInput(f"parts.{name}: nothing runs it, so nothing feeds {inputs or 'it'}; leave the part out")
+
+
+def check_decoding(manifest: Manifest, decoding: Decoding) -> None:
+    """Hold the language graph against its dialect's inputs and outputs (docs/bundle.md lists them).
+
+    Raises:
+        UnfedInput: an input the dialect does not feed.
+        BadManifest: an input or output of the dialect is missing, or has another dtype or KV shape.
+    """
+    part = manifest.parts.get(decoding.part)
+    if part is None:
+        raise BadManifest(f"decoding.part is {decoding.part!r}; the parts are {', '.join(manifest.parts) or 'none'}")
+    kv = decoding.kv.dtype
+    caches = [f"{i}.{half}" for i in range(decoding.kv.layers) for half in ("key", "value")]
+    required = LANGUAGE_INPUTS[decoding.dialect] | {f"past.{cache}": kv for cache in caches}
+    biases = {"attention_bias": kv}
+    if decoding.sliding_window is not None:
+        biases["attention_bias_sliding"] = kv
+    inputs = {spec.name: spec.dtype for spec in part.inputs}
+    outputs = {spec.name: spec.dtype for spec in part.outputs}
+    for name in inputs:
+        if name not in required and name not in biases:
+            raise UnfedInput(f"parts.{decoding.part}: the {decoding.dialect} dialect does not feed {name!r}")
+    _require(f"parts.{decoding.part}.inputs", required, inputs)
+    _require(f"parts.{decoding.part}.inputs", {name: kv for name in biases if name in inputs}, inputs)
+    _require(f"parts.{decoding.part}.outputs", {"logits": "float32"}, outputs)
+    _require(f"parts.{decoding.part}.outputs", {f"present.{cache}": kv for cache in caches}, outputs)
+    _check_kv_shapes(decoding, part)
+
+
+def _require(where: str, wanted: Mapping[str, str], there: Mapping[str, str]) -> None:
+    for name, dtype in wanted.items():
+        if there.get(name) != dtype:
+            found = f"it is {there[name]}" if name in there else "it is missing"
+            raise BadManifest(f"{where}: the decoding block needs {name!r} as {dtype}; {found}")
+
+
+def _check_kv_shapes(decoding: Decoding, part: Part) -> None:
+    for spec in (*part.inputs, *part.outputs):
+        if not spec.name.startswith(("past.", "present.")):
+            continue
+        if len(spec.shape) != 4 or (spec.shape[1], spec.shape[3]) != (decoding.kv.heads, decoding.kv.head_dim):
+            raise BadManifest(
+                f"parts.{decoding.part}: {spec.name} has shape {spec.shape}; decoding.kv says "
+                f"(batch, {decoding.kv.heads}, capacity, {decoding.kv.head_dim})"
+            )
+
+
+def _runs(manifest: Manifest) -> Iterator[_Run]:
+    """Every run the recipe asks for, in the order the runtime makes them."""
+    if manifest.recipe is None:
+        return
+    for number, call in enumerate(manifest.recipe.conditions):
+        yield _Run(f"recipe.conditions[{number}]", "conditions", call.part, call.feeds)
+    for stage in manifest.recipe.stages:
+        where, decode, net = f"recipe.stages.{stage.name}", stage.decode, stage.denoise
+        encode: Call | None = stage.init.encode
+        if encode is not None:
+            yield _Run(f"{where}.init.encode", "encode", encode.part, encode.feeds, stage=stage)
+        yield _Run(f"{where}.denoise", "denoise", net.part, net.feeds, net.output, stage)
+        if decode is not None:
+            yield _Run(f"{where}.decode", "decode", decode.part, decode.feeds, decode.output, stage)
+
+
+def _check_run(manifest: Manifest, run: _Run, given: set[str]) -> Part:
+    part = manifest.parts.get(run.part)
+    if part is None:
+        raise BadManifest(f"{run.where} runs {run.part!r}; the parts are {', '.join(manifest.parts) or 'none'}")
+    inputs = [spec.name for spec in part.inputs]
+    for name in inputs:
+        if name not in run.feeds:
+            raise UnfedInput(f"{run.where} does not feed {name!r} of {run.part}; every graph input needs a source")
+    for name, source in run.feeds.items():
+        if name not in inputs:
+            raise BadManifest(f"{run.where} feeds {name!r}, but {run.part} takes {', '.join(inputs) or 'nothing'}")
+        _check_source(manifest, run, name, source, given)
+    if run.output is not None and run.output not in [spec.name for spec in part.outputs]:
+        raise BadManifest(f"{run.where} takes {run.output!r}, which is not an output of {run.part}")
+    return part
+
+
+def _check_source(manifest: Manifest, run: _Run, name: str, source: str, given: set[str]) -> None:
+    where = f"{run.where} feeds {name!r} from {source}"
+    if not source.startswith("@"):
+        if source not in given:
+            raise UnfedInput(f"{where}, but no earlier condition gives that; these are given: {_listed(given)}")
+        return
+    kind, _, argument = source.partition(".")
+    if kind not in GIVEN[run.place] or (argument and kind != "@tokens"):
+        raise UnfedInput(f"{where}, which has no value there; built-in sources there: {_listed(GIVEN[run.place])}")
+    if kind == "@tokens" and (argument or "default") not in manifest.tokenizers:
+        raise BadManifest(f"{where}, but the tokenizers are {_listed(manifest.tokenizers)}")
+    stage, recipe = run.stage, manifest.recipe
+    if stage is None or recipe is None:
+        return
+    if kind == "@previous" and stage is recipe.stages[0]:
+        raise UnfedInput(f"{where}, but {stage.name} is the first stage: no picture comes before it")
+    if kind == "@w_embedding" and stage.guidance.kind != "w_embedding":
+        raise UnfedInput(f"{where}, but the stage's guidance is {stage.guidance.kind!r}")
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names)) or "none"

@@ -1,0 +1,1 @@
+"""Quantization: what a stored weight costs, and which weight gets which precision."""

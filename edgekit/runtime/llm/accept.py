@@ -1,0 +1,55 @@
+"""Own-draw acceptance: the verifier draws its own token at every node and walks to the child that equals it.
+
+The text is what plain decoding would have drawn with the same noise, so a draft changes how fast text comes and never
+which text, at any temperature and for every drafter. Drafters need give no probabilities. (Coupled speculative
+sampling, after Daliri, Musco and Suresh 2024, arXiv:2408.07978; greedy decoding is the case without noise.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Protocol
+
+from edgekit.runtime.backends import Array
+from edgekit.runtime.llm.tree import TokenTree
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """One step: the nodes walked, root first, and the tokens they add to the text.
+
+    `tokens` holds one token per node of `path`: the tokens of `path[1:]`, then the one drawn at its end.
+    """
+
+    path: tuple[int, ...]
+    tokens: tuple[int, ...]
+
+
+class Draw(Protocol):
+    """What chooses a token: a pure function of the row and of the text before it."""
+
+    def __call__(self, logits: Array, context: tuple[int, ...]) -> int:
+        """The token that follows `context`; `logits` is its row, float32 (vocabulary,)."""
+
+
+def own_draw(
+    tree: TokenTree, logits: Array, context: tuple[int, ...], draw: Draw, ends: Collection[int] = ()
+) -> Accepted:
+    """Walk the tree along the verifier's own draws.
+
+    Args:
+        tree: what was scored; its root is the last token of `context`.
+        logits: one row per node, float32 (nodes, vocabulary).
+        context: all tokens so far.
+        draw: chooses the token at a node.
+        ends: tokens after which nothing is drawn.
+    """
+    path, drawn = [0], [draw(logits[0], context)]
+    while drawn[-1] not in ends:
+        child = tree.child(path[-1], drawn[-1])
+        if child is None:
+            break
+        path.append(child)
+        drawn.append(draw(logits[child], (*context, *drawn)))
+    return Accepted(tuple(path), tuple(drawn))

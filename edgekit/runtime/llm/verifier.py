@@ -1,0 +1,189 @@
+"""Scoring token trees with a decoder graph. Tokens are the only truth: the cache is a memory of them.
+
+`score` is given all tokens every time and computes what its cache lacks, so prefill, a shared prefix, a rollback and
+taking over from somebody else are one path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Protocol
+
+import numpy as np
+
+from edgekit.bundle.manifest import Decoding
+from edgekit.errors import BadManifest, BadRequest
+from edgekit.runtime.backends import Array, Session
+from edgekit.runtime.llm.feeds import DIALECTS, Bias
+from edgekit.runtime.llm.kv import KVCache
+from edgekit.runtime.llm.tree import TokenTree
+
+CHUNK = 512  # tokens per prefill run: large enough for matrix products, small enough for the bias to stay small
+FEW = 64  # up to this many rows the id buffers are kept between runs
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What the model says after each node: `logits`, float32 (nodes, vocabulary), valid until the next `score`."""
+
+    logits: Array
+
+
+class Verifier(Protocol):
+    """Whoever can score a tree: this machine, another one, or a test."""
+
+    context_length: int
+
+    def score(self, tokens: tuple[int, ...], tree: TokenTree) -> Scores:
+        """Rows for every node of `tree`, which hangs from the last of `tokens`."""
+
+    def keep(self, path: Sequence[int]) -> None:
+        """The nodes that were accepted, root first; the others are forgotten."""
+
+
+class LocalVerifier:
+    """A decoder graph in a session of this process. One caller at a time.
+
+    Args:
+        session: the part that `decoding` names.
+        decoding: dialect, cache layout, context length and window of the graph.
+        chunk: tokens per prefill run.
+
+    Raises:
+        BadManifest: a graph whose inputs are not its dialect's.
+    """
+
+    def __init__(self, session: Session, decoding: Decoding, *, chunk: int = CHUNK) -> None:
+        self.context_length = decoding.context_length
+        self.vocab_size = decoding.vocab_size
+        self._chunk = chunk
+        self._kv = KVCache(session, decoding.kv, decoding.context_length)
+        self._feeds = DIALECTS[decoding.dialect]()
+        names = {spec.name for spec in session.inputs}
+        windows = {"attention_bias": None, "attention_bias_sliding": decoding.sliding_window}
+        self._biases = [Bias(name, windows[name], decoding.kv.dtype) for name in windows if name in names]
+        if "attention_bias_sliding" in names and decoding.sliding_window is None:
+            raise BadManifest("the decoder has an attention_bias_sliding input and its manifest no sliding_window")
+        self._logits = np.zeros(decoding.vocab_size, np.float32)
+        self._buffers: dict[tuple[int, int], tuple[dict[str, Array], dict[str, Array]]] = {}
+        self._cached: tuple[int, ...] = ()  # the tokens whose keys and values lie in slots 0, 1, ...
+        self._pending: TokenTree | None = None  # the tree in the slots after them
+
+    @property
+    def cached(self) -> tuple[int, ...]:
+        """The tokens whose keys and values are in the cache."""
+        return self._cached
+
+    def shared(self, tokens: tuple[int, ...]) -> int:
+        """How many of `tokens` need no computing: what the cache begins with too, but never the last of them."""
+        cached = self._cached
+        same = len(cached)
+        if tokens[:same] != cached:
+            same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(cached, tokens, strict=False)))
+        return min(same, len(tokens) - 1)
+
+    def rollback(self, length: int) -> None:
+        """Forget all but the first `length` cached tokens; nothing is moved."""
+        self._cached, self._pending = self._cached[:length], None
+
+    def score(self, tokens: tuple[int, ...], tree: TokenTree) -> Scores:
+        """Rows for every node of `tree`.
+
+        Args:
+            tokens: the whole text so far.
+            tree: its root is `tokens[-1]`.
+
+        Raises:
+            BadRequest: no tokens, a root that is not the last of them, an id outside the vocabulary, or more tokens
+                than the context holds.
+            SessionFailed: the engine failed; the verifier can be used again.
+        """
+        if not tokens or tree.tokens[0] != tokens[-1]:
+            raise BadRequest(f"a tree hangs from the last token of the text; the text ends {tokens[-3:]}, {tree=}")
+        self.rollback(self.shared(tokens))
+        lead = tokens[len(self._cached) : -1]
+        self._check((*lead, *tree.tokens))
+        self._kv.reserve(len(tokens) - 1 + len(tree), len(self._cached))
+        while lead and len(lead) + len(tree) > self._chunk:
+            piece, lead = lead[: self._chunk], lead[self._chunk :]
+            self._run(TokenTree.chain(piece[0], piece[1:]), wanted=1)
+            self._cached += piece
+        logits = self._score(lead, tree)
+        self._cached += lead
+        self._pending = tree
+        return Scores(logits)
+
+    def keep(self, path: Sequence[int]) -> None:
+        """Move the rows of the accepted nodes together; the rest of the tree is forgotten.
+
+        Args:
+            path: node indices from the root downwards.
+
+        Raises:
+            BadRequest: there is no scored tree, or `path` is no path of it.
+        """
+        tree, base = self._pending, len(self._cached)
+        if tree is None or tuple(tree.parents[node] for node in path) != (-1, *path[:-1]):
+            raise BadRequest(f"{tuple(path)} is no path from the root of the tree scored last ({tree})")
+        if tuple(path) != tuple(range(len(path))):
+            if self._kv.can_move:
+                self._kv.move([base + node for node in path], base)
+            else:  # keep what already lies in place; the next `score` recomputes the others
+                path = [node for place, node in enumerate(path) if place == node]
+        self._cached += tuple(tree.tokens[node] for node in path)
+        self._pending = None
+
+    def _score(self, lead: tuple[int, ...], tree: TokenTree) -> Array:
+        """Run `lead` and `tree` together, rows of the tree alone."""
+        whole = tree.after(lead)
+        if self._cached or whole.is_chain or not self._feeds.empty_means_causal:
+            return self._run(whole, wanted=len(tree))
+        # The root goes first, so that the branches meet a cache that is not empty.
+        stem = TokenTree.chain(whole.tokens[0], whole.tokens[1 : len(lead) + 1])
+        first = self._run(stem, wanted=1).copy()
+        rest = self._run(whole, wanted=len(tree) - 1, skip=len(stem))
+        return np.concatenate([first, rest])
+
+    def _run(self, tree: TokenTree, *, wanted: int, skip: int = 0) -> Array:
+        """Feed the nodes from `skip` on; logits of the last `wanted` of them, float32 (wanted, vocabulary).
+
+        The slots before node 0 hold `self._cached`; the nodes before `skip` are in the cache already.
+        """
+        base, count = len(self._cached), len(tree) - skip
+        total = base + len(tree)
+        feeds, into = self._rows(count, wanted)
+        feeds["input_ids"][0] = tree.tokens[skip:]
+        feeds["position_ids"][0] = [base + depth for depth in tree.depths[skip:]]
+        self._feeds.place(total, count)
+        width = self._feeds.width(total, self._kv.capacity)
+        for bias in self._biases:
+            feeds[bias.name] = bias.fill(base, tree, skip, width)
+        self._kv.binding.run(feeds, into)
+        logits: Array = into["logits"][0]
+        return logits
+
+    def _rows(self, count: int, wanted: int) -> tuple[dict[str, Array], dict[str, Array]]:
+        """The arrays that a run of `count` tokens is fed from and answers to; small runs find theirs again, bound."""
+        if wanted * self.vocab_size > self._logits.size:
+            self._logits = np.zeros(wanted * self.vocab_size, np.float32)
+            self._buffers.clear()
+        found = self._buffers.get((count, wanted))
+        if found is None:
+            feeds: dict[str, Array] = {
+                "input_ids": np.zeros((1, count), np.int64),
+                "position_ids": np.zeros((1, count), np.int64),
+                "rows": np.arange(count - wanted, count, dtype=np.int64),
+                **self._feeds.arrays,
+            }
+            logits = self._logits[: wanted * self.vocab_size].reshape(1, wanted, self.vocab_size)
+            found = feeds, {"logits": logits}
+            if count <= FEW:
+                self._buffers[count, wanted] = found
+        return found
+
+    def _check(self, ids: tuple[int, ...]) -> None:
+        if min(ids) < 0 or max(ids) >= self.vocab_size:
+            wrong = next(token for token in ids if not 0 <= token < self.vocab_size)
+            raise BadRequest(f"token {wrong} is outside the model's vocabulary of {self.vocab_size}")
