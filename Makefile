@@ -1,8 +1,8 @@
 # make demo: export the shipped models and run them.   make test: the whole suite.   Both create .venv first.
 PYTHON ?= python3
 VENV ?= .venv
-TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 .PHONY: demo test lint types ci clean
 
@@ -22,14 +22,14 @@ types: $(VENV)/.dev
 ci: lint types test demo
 
 # torch first and alone: its CPU build is found wherever pip is told to look, and nothing later replaces it.
-$(VENV)/.demo: pyproject.toml
+$(VENV)/.demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --editable ".[cpu,torch]"
+	$(PIP) torch
+	$(PIP) --editable ".[cpu,torch]"
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
-	$(BIN)/python -m pip install --quiet --editable ".[cpu,torch,dev]"
+	$(PIP) --editable ".[cpu,torch,dev]"
 	touch $@
 
 clean:

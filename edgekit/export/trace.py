@@ -138,7 +138,7 @@ def _values(model: Any) -> Iterator[Any]:
 
 
 def _renamed(dim: Any, names: dict[str, str]) -> Any:
-    if isinstance(dim, int):
+    if isinstance(dim, int) or dim.value is None:  # an unknown size must stay unnamed: equal names are equal sizes
         return dim
     return onnx_ir.SymbolicDim(re.sub(r"\bs\d+\b", lambda found: names.get(found[0], found[0]), str(dim.value)))
 

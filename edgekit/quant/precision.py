@@ -25,7 +25,9 @@ Array = npt.NDArray[Any]
 Float = Literal["float32", "float16"]
 
 BLOCK = 32
-_CHUNK = 1 << 22  # weights quantized at a time: bounds the temporaries at a few of 16 MiB, whatever the matrix
+_CHUNK = 1 << 17  # weights quantized at a time: the temporaries stay in cache, whatever the matrix
+# Added before cutting off the fraction, it rounds half away from zero; 0.5 itself would lift 0.49999997 to 1.
+_JUST_BELOW_HALF = np.nextafter(np.float32(0.5), np.float32(0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,15 +158,12 @@ def _codes_of(blocked: Array, scales: Array, code_bits: int) -> Array:
     # A block of zeros, or of numbers so small that the inverse would overflow, rounds to zeros.
     usable = np.abs(scales) >= np.finfo(np.float32).tiny
     inverse = np.divide(np.float32(1), scales, out=np.zeros_like(scales), where=usable)
-    shifted = blocked * inverse[..., None]
-    shifted += middle
-    np.maximum(shifted, 0, out=shifted)
-    # Half away from zero without adding 0.5, which would round 0.49999997 up in float32.
-    whole = np.floor(shifted)
-    whole += (shifted - whole) >= 0.5
-    np.minimum(whole, 2 * middle - 1, out=whole)
-    codes: Array = whole.astype(np.uint8)
-    return codes
+    codes = blocked * inverse[..., None]
+    codes += middle
+    codes += _JUST_BELOW_HALF
+    np.clip(codes, 0, 2 * middle - 1, out=codes)
+    whole: Array = codes.astype(np.uint8)
+    return whole
 
 
 PRECISIONS: dict[str, Precision] = {

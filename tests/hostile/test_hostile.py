@@ -243,6 +243,12 @@ PROTOBUF = [
         "a number for a message", graph_bytes(lambda raw: field(7, varint(1 << 3) + b"\x05")), BadGraph, "number stands"
     ),
     Case(
+        "bytes for a number",
+        graph_bytes(lambda raw: raw.replace(b"\x08\x01\x12", b"\x0a\x01\x12", 1)),
+        BadGraph,
+        "bytes stand",
+    ),
+    Case(
         "a name that is not text",
         graph_bytes(lambda raw: raw + field(25, field(7, field(4, b"\xff")))),
         BadGraph,

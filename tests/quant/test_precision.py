@@ -17,7 +17,7 @@ BLOCKED = [row for row in PRECISIONS.values() if row.code_bits is not None]
 SHAPES = [(64, 256), (17, 80), (33, 33), (40, 16), (1, 1), (3, 32)]
 WEIGHTS = arrays.arrays(
     np.float32,
-    arrays.array_shapes(min_dims=2, max_dims=2, max_side=40),
+    arrays.array_shapes(min_dims=2, max_dims=2, max_side=24),
     elements=st.floats(-100, 100, width=32).map(lambda x: x if abs(x) > 1e-30 else 0.0),
 )
 

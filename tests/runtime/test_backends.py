@@ -241,3 +241,11 @@ def test_every_backend_of_the_table_is_there():
     """Each row names a module that opens sessions."""
     for module in set(BACKENDS.values()):
         assert callable(import_module(f"edgekit.runtime.backends.{module}").open_session)
+
+
+@pytest.mark.parametrize("spinning", [True, False])
+def test_waiting_threads_do_as_they_are_told(tmp_path, spinning):
+    """The option reaches the engine, where two sessions on the same cores need it off."""
+    session = open_session(counting_graph(tmp_path / "counting.onnx"), "cpu", threads=2, spinning=spinning)
+    entry = session._engine.get_session_options().get_session_config_entry("session.intra_op.allow_spinning")
+    assert entry == str(int(spinning))

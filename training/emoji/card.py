@@ -53,6 +53,8 @@ def training_record(work: Path, glyphs: list[Glyph], parameters: dict[str, int])
         "parameters": parameters,
         "packages": {name: version(name) for name in PYTHON_PACKAGES},
     }
+    if (work / "notes.txt").exists():       # whatever the run's history adds
+        record["notes"] = (work / "notes.txt").read_text().strip()
     if (work / "metrics.json").exists():
         record["metrics"] = json.loads((work / "metrics.json").read_text())
     return record
@@ -111,6 +113,7 @@ def card(template: Path, record: dict[str, Any], glyphs: list[Glyph], vocabulary
         "tones": sum(bool(glyph.family) for glyph in glyphs), "families": FAMILIES,
         "steps_table": steps_table(metrics["steps"]), "sweep_table": sweep_table(metrics["sweep"]),
         "stages_table": stages_table(record["stages"]), "seed": SEED, "anchor": metrics["anchor"],
+        "notes": record.get("notes", ""),
         "sr_images": metrics["upscaler"]["images"], "sr_psnr": f"{metrics['upscaler']['psnr']:.2f}",
         "sr_bicubic": f"{metrics['upscaler']['psnr_bicubic']:.2f}",
         "e2e_images": metrics["end_to_end"]["images"], "e2e_psnr": f"{metrics['end_to_end']['psnr']:.2f}",

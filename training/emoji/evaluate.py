@@ -1,7 +1,7 @@
 """Measure a packed folder. `python -m training.emoji.evaluate --model models/emoji --work WORK`.
 
 Everything is read with `from_pretrained`, weights upcast to float32, and sampled with the folder's own scheduler:
-the numbers are those of the files. R@1: is the render nearest to the sample, by pixel error among all 1,898
+the numbers are those of the files. R@1: is the render nearest to the sample, by pixel error among all
 renders, the one asked for? MSE is per pixel and channel, images in [-1, 1].
 """
 
@@ -105,7 +105,7 @@ class Bench:
         rng = random.Random(7)
         seen = [i for i, glyph in enumerate(glyphs) if not glyph.held_out]
         self.trained = rng.sample(seen, count)
-        self.popular = rng.sample([i for i in seen if glyphs[i].weight > 1], count // 2)
+        self.popular = rng.sample([i for i in seen if glyphs[i].weight == 1], count // 2)
         self.unseen = [i for i, glyph in enumerate(glyphs) if glyph.held_out] * 8
 
     def measure(self, rows: list[int], steps: int, grid: str, scale: float) -> dict[str, float]:
@@ -113,7 +113,7 @@ class Bench:
         prompts = [self.glyphs[i].name for i in rows]
         return scores(self.pipeline.generate(prompts, steps, grid, scale), rows, self.pictures)
 
-    def sweep(self, count: int = 192) -> dict[str, Any]:
+    def sweep(self, count: int = 128) -> dict[str, Any]:
         """Trained captions by guidance scale, even grid."""
         table = {}
         for scale in SCALES:
@@ -165,7 +165,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--model", type=Path, default=Path("models/emoji"))
     parser.add_argument("--scale", type=float, default=1.5, help="guidance scale of the published tables")
-    parser.add_argument("--count", type=int, default=384)
+    parser.add_argument("--count", type=int, default=256)
     parser.add_argument("--only-sheets", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""Stage 3: one-step x4 super-resolution, 32 -> 128 pixels. `python -m training.emoji.upscaler --work WORK --minutes 8`.
+"""Stage 3: one-step x4 super-resolution, 32 -> 128 pixels. `python -m training.emoji.upscaler --work WORK --minutes 5`.
 
 The image is the bicubic enlargement minus a residual, as in one-row flow tables (sigma = 1, image = x - m). Six CLDR
 labels are held out whole, so that no relative of a test glyph is trained on. A share of the inputs are samples
@@ -194,7 +194,7 @@ def held_out_psnr(net: ResidualUpscaler, glyphs: list[Glyph], low: Tensor, high:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--minutes", type=float, default=5.0)
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(SEED)

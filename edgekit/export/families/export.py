@@ -10,6 +10,7 @@ from typing import Literal
 
 import msgspec
 
+from edgekit import __version__
 from edgekit.bundle.files import sha256_file, sha256_tree
 from edgekit.bundle.manifest import Gate, Manifest, Part, PrecisionRecord, Provenance, Tokenizer
 from edgekit.bundle.recipe import Recipe, Stage, Table
@@ -167,11 +168,14 @@ def _make_graphs(
 ) -> tuple[Gate, ...]:
     shares = _shares(source, jobs)
     gates: list[Gate] = []
+    done = 0.0
 
     def listen(event: Event) -> None:
+        nonlocal done
         if event.stage:
             start, share = shares[event.part]
-            progress(f"{event.part}: {event.stage}", start + share * STAGES[event.stage])
+            done = max(done, start + share * STAGES[event.stage])  # a group is traced first, then compared
+            progress(f"{event.part}: {event.stage}", done)
         if event.comparison is not None:
             gates.append(event.comparison.gate())
 
@@ -258,8 +262,8 @@ def _provenance(source: Source, options: DiffusionOptions) -> Provenance:
 def _tools() -> dict[str, str]:
     from importlib.metadata import version
 
-    names = ("edgekit", "torch", "diffusers", "transformers", "onnxscript", "onnx-ir", "onnxruntime")
-    return {name: version(name) for name in names}
+    names = ("torch", "diffusers", "transformers", "onnxscript", "onnx-ir", "onnxruntime")
+    return {"edgekit": __version__, **{name: version(name) for name in names}}
 
 
 def _licence(root: Path) -> str:

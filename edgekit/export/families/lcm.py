@@ -39,7 +39,8 @@ def _guidance(source: Source) -> Guidance:
             "unet.time_cond_proj_dim is null in a LatentConsistencyModelPipeline, which embeds the guidance scale; "
             "save a UNet without that embedding as a StableDiffusionPipeline with LCMScheduler"
         )
-    return Guidance(kind="cfg", scale=1.0, minimum=1.0, maximum=2.0)
+    zero_empty = bool(source.index.get("force_zeros_for_empty_prompt", False))
+    return Guidance(kind="cfg", scale=1.0, minimum=1.0, maximum=2.0, zero_empty=zero_empty)
 
 
 FAMILY = Family("lcm", "text-to-image", matches, recipe, sd.jobs, sd.tokenizers)

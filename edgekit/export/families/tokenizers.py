@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from edgekit.bundle.manifest import Tokenizer
 from edgekit.errors import BadSource, UnsupportedModel
 from edgekit.export.families import PromptTokenizer
 from edgekit.export.sources import Source, read_json
+from edgekit.runtime.tokenizer import fingerprint
 
 CLIP_CLASSES = ("CLIPTokenizer", "CLIPTokenizerFast")
 # CLIP splits text into special tokens, contractions, runs of letters, single digits and runs of anything else
@@ -50,7 +50,7 @@ def write_tokenizer(source: Source, asked: PromptTokenizer, target: Path, root: 
     tokenizer.save(str(target), pretty=False)
     return Tokenizer(
         file=target.relative_to(root).as_posix(),
-        fingerprint=sha256(target.read_bytes()).hexdigest(),
+        fingerprint=fingerprint(target.read_bytes()),
         length=length,
         pad=pad[1],
     )

@@ -98,6 +98,8 @@ def _rope(c: Config, theta: float, head_dim: int, context: int, partial: float |
 
 def _rope_section(c: Config) -> Config:
     old, new = c.section("rope_scaling"), c.section("rope_parameters")
+    if old.values and new.values:
+        raise c.refuse("rope_scaling", "rope_parameters is there too; delete the one that does not hold.")
     return new if new.values else old
 
 
@@ -263,12 +265,13 @@ def _gemma3_text(c: Config) -> Spec:
 def _gemma3_ropes(c: Config) -> dict[str, Rope]:
     """Long and local rope: nested by layer type, or the old rope_theta, rope_local_base_freq and rope_scaling."""
     head_dim, context = c.integer("head_dim"), c.integer("max_position_embeddings")
-    nested, scaling = c.section("rope_parameters"), c.section("rope_scaling")
+    section = _rope_section(c)
+    nested = any(isinstance(section.values.get(kind), dict) for kind in (FULL, SLIDING))
     thetas = {FULL: c.number("rope_theta", 1e6), SLIDING: c.number("rope_local_base_freq", 1e4)}
-    sections = {FULL: scaling, SLIDING: Config({}, c.where)}
-    if nested.values:
-        sections = {kind: nested.section(kind) for kind in (FULL, SLIDING)}
-        nested.finish()
+    sections = {FULL: section, SLIDING: Config({}, c.where)}
+    if nested:
+        sections = {kind: section.section(kind) for kind in (FULL, SLIDING)}
+        section.finish()
     return {
         kind: read_rope(section, theta=thetas[kind], head_dim=head_dim, context=context)
         for kind, section in sections.items()
@@ -284,7 +287,7 @@ def _gemma3(c: Config) -> Spec:
     text.values.setdefault("tie_word_embeddings", c.flag("tie_word_embeddings", True))
     spec = _gemma3_text(text)
     text.finish()
-    return replace(spec, notes=(*spec.notes, "text part only: the vision tower was left behind"))
+    return replace(spec, family="gemma3", notes=(*spec.notes, "text part only: the vision tower was left behind"))
 
 
 def _gpt2(c: Config) -> Spec:

@@ -327,11 +327,12 @@ class Decoder:
     def _head_tensor(self) -> str:
         """The embedding where tied. Where a tied checkpoint holds another head all the same, that head is what runs."""
         embedding = self.tensor(self.spec.names.embedding)
-        stored = next((name for name in self.spec.names.heads if name in self.checkpoint), None)
-        self.used.update(self.spec.names.heads)
+        heads = self.spec.names.heads
+        stored = next((name for name in heads if name in self.checkpoint), None)
         if self.spec.tied and (stored is None or self.checkpoint.same(stored, embedding)):
             return embedding
-        return stored or self.spec.names.heads[0]
+        self.used.add(stored or heads[0])
+        return stored or heads[0]
 
     def _find_prefix(self) -> str:
         names = self.spec.names
@@ -343,7 +344,8 @@ class Decoder:
         left = [
             name
             for name in self.checkpoint.entries
-            if name not in self.used and not any(re.fullmatch(p, name) for p in self.spec.names.unused)
+            if name not in self.used | {*self.spec.names.heads}
+            and not any(re.fullmatch(pattern, name) for pattern in self.spec.names.unused)
         ]
         if left:
             raise UnsupportedModel(

@@ -72,7 +72,7 @@ def to_float(value: Array, dtype: str, what: str) -> Array:
     """Cast to `dtype`; raises UnsupportedModel where a finite weight would become infinite."""
     if dtype == "float16" and value.dtype != np.float16 and value.size:
         reach = max(float(value.max()), -float(value.min()))
-        if reach > np.finfo(np.float16).max:
+        if reach > float(np.finfo(np.float16).max):
             raise UnsupportedModel(
                 f"{what}: a weight of size {reach:.3g} is beyond float16's range (65504). Export with --precision fp32."
             )

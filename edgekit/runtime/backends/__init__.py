@@ -24,7 +24,8 @@ class Binding(Protocol):
     """Buffers that stay with a session between runs: the way to keep a KV cache in place.
 
     `share(input, output, shape, dtype)` makes one zeroed device buffer that is both the input and the output of every
-    run. `run` takes the changing inputs and gives the outputs that are not shared.
+    run; the graph must not read the input after it has written the output. `run` takes the changing inputs and gives
+    the outputs that are not shared.
     """
 
     live: bool  # whether `read` gives the buffer itself, so that rows can be moved from the host
@@ -63,13 +64,14 @@ class Session(Protocol):
         """A fresh set of bound buffers."""
 
 
-def open_session(graph: Path, device: str = "cpu", *, threads: int = 0) -> Session:
+def open_session(graph: Path, device: str = "cpu", *, threads: int = 0, spinning: bool = True) -> Session:
     """Load one graph.
 
     Args:
         graph: an ONNX file, its external data beside it.
         device: a name in BACKENDS, with an optional index (`cuda:1`).
         threads: of the inference engine; 0 leaves the choice to it.
+        spinning: let waiting threads stay awake; off for sessions that take turns on the same cores.
 
     Raises:
         UnknownDevice: no backend of this name.
@@ -80,5 +82,5 @@ def open_session(graph: Path, device: str = "cpu", *, threads: int = 0) -> Sessi
     if name not in BACKENDS:
         raise UnknownDevice(f"no backend for {device!r}; known devices: {', '.join(BACKENDS)}")
     module = import_module(f"{__name__}.{BACKENDS[name]}")
-    session: Session = module.open_session(graph, device, threads=threads)
+    session: Session = module.open_session(graph, device, threads=threads, spinning=spinning)
     return session

@@ -35,15 +35,16 @@ DTYPES: dict[str, DType] = {
 }
 
 
-def open_session(graph: Path, device: str = "cpu", *, threads: int = 0, spinning: bool = False) -> OrtSession:
+def open_session(graph: Path, device: str = "cpu", *, threads: int = 0, spinning: bool = True) -> OrtSession:
     """Load one graph with ONNX Runtime.
 
     Args:
         graph: an ONNX file, its external data beside it.
         device: `cpu`, `cuda` or `cuda:N`.
         threads: inside one operator; 0 takes one per physical core.
-        spinning: let idle worker threads burn their core while they wait. Two sessions that share the cores (a draft
-            and its target) then fight each other, so it is off unless asked for.
+        spinning: worker threads wait for the next operator awake. Faster for one session (1.45 times, for the shipped
+            code model on two cores); sessions that take turns on the same cores, a draft and its target, then fight
+            each other, so open those without.
 
     Raises:
         UnknownDevice: neither `cpu` nor `cuda[:N]`.

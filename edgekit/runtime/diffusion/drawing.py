@@ -19,11 +19,11 @@ from edgekit.runtime.diffusion import kernels
 from edgekit.runtime.diffusion.guidance import classifier_free, w_embedding
 from edgekit.runtime.diffusion.image import from_image, to_images
 from edgekit.runtime.diffusion.networks import Meter, Networks
+from edgekit.runtime.diffusion.prompts import Prompts
 from edgekit.runtime.diffusion.request import Contract, ImageRequest, Settled
 from edgekit.runtime.diffusion.result import ImageResult, ImageStats, StepEvent
 from edgekit.runtime.diffusion.tables import compile_stage
 from edgekit.runtime.random import open_noise
-from edgekit.runtime.tokenizer import Tokenizer
 
 F32 = npt.NDArray[np.float32]
 Given = dict[str, Array]  # source -> value, the batch on axis 0
@@ -37,8 +37,11 @@ class Drawing:
         IllegalSteps, BadRequest: the request is outside the contract.
     """
 
-    def __init__(self, bundle: Bundle, contract: Contract, networks: Networks, request: ImageRequest) -> None:
-        self._bundle, self._contract, self._networks, self._request = bundle, contract, networks, request
+    def __init__(
+        self, bundle: Bundle, contract: Contract, prompts: Prompts, networks: Networks, request: ImageRequest
+    ) -> None:
+        self._bundle, self._contract, self._request = bundle, contract, request
+        self._prompts, self._networks = prompts, networks
         self._used = contract.settle(request)
         self._guided = contract.guided(self._used)
         self._table = self._table_of_main() if contract.draws else None
@@ -71,7 +74,7 @@ class Drawing:
         height, width = (side // self._contract.enlarge for side in (self._used.height, self._used.width))
         given: Given = {"@time_ids": np.array([[height, width, 0, 0, height, width]] * len(texts), np.float32)}
         for name in self._contract.tokenizers:
-            given[f"@tokens.{name}"] = self._tokens(name, texts)
+            given[f"@tokens.{name}"] = self._prompts.ids(name, texts)
         if "@tokens.default" in given:
             given["@tokens"] = given["@tokens.default"]
         if self._image is not None:
@@ -84,18 +87,11 @@ class Drawing:
             given |= {f"{call.part}.{name}": value for name, value in outputs.items()}
         return given
 
-    def _tokens(self, name: str, texts: tuple[str, ...]) -> Array:
-        spec = self._bundle.manifest.tokenizers[name]
-        if spec.length is None or spec.pad is None:
-            raise BadManifest(f"tokenizer {name!r} has no fixed length and pad id; a text encoder here needs both")
-        tokenizer = Tokenizer.from_file(self._bundle.root / spec.file)
-        return np.array([tokenizer.encode_padded(text, spec.length, spec.pad) for text in texts], np.int64)
-
     def _sample(self, stage: Stage, prompts: Given, given: Given) -> Walk:
         """Run the table on the network, guided as the stage says."""
         assert self._table is not None, "main samples only where it has a table"
         net, scale = stage.denoise, self._used.guidance
-        rows = _repeat(prompts, self._used.batch) if self._guided else given
+        rows = _repeat(prompts, self._used.batch) if self._guided else dict(given)
         images = len(next(iter(rows.values())))
         if stage.guidance.kind == "w_embedding":
             rows["@w_embedding"] = np.tile(w_embedding(scale, stage.guidance.dim, stage.guidance.shift), (images, 1))

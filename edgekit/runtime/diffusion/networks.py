@@ -46,7 +46,7 @@ class Networks:
         inputs = {spec.name: spec for spec in self._manifest.parts[name].inputs}
         cast = {key: _cast(name, inputs[key], value) for key, value in feeds.items()}
         self._check_sizes(name, inputs, cast)
-        batch = max(len(value) for value in cast.values())
+        batch = max((len(value) for value in cast.values()), default=1)
         step = self._batch_of(name, inputs, batch)
         start = time.perf_counter()
         slices = [slice(at, at + step) for at in range(0, batch, step)]

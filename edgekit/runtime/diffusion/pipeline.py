@@ -20,6 +20,7 @@ from edgekit.runtime.backends import open_session
 from edgekit.runtime.diffusion.drawing import Drawing
 from edgekit.runtime.diffusion.image import open_image
 from edgekit.runtime.diffusion.networks import Networks, OpenSession
+from edgekit.runtime.diffusion.prompts import Prompts
 from edgekit.runtime.diffusion.request import Contract, ImageRequest
 from edgekit.runtime.diffusion.result import ImageResult, StepEvent
 from edgekit.runtime.diffusion.tables import check_tables
@@ -50,6 +51,7 @@ class ImagePipeline:
             raise BadManifest(f"a {manifest.task} bundle has no recipe, so there is nothing to draw by")
         self.bundle, self.device, self.task = bundle, device, manifest.task
         self.contract = Contract.of(manifest.recipe)
+        self._prompts = Prompts(bundle.root, manifest.tokenizers)
         self._networks = Networks(bundle.root, manifest, device, threads, open_session)
 
     def __enter__(self) -> ImagePipeline:
@@ -114,4 +116,4 @@ class ImagePipeline:
         Raises:
             As `generate`.
         """
-        return Drawing(self.bundle, self.contract, self._networks, request).events()
+        return Drawing(self.bundle, self.contract, self._prompts, self._networks, request).events()

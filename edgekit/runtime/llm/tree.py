@@ -77,7 +77,7 @@ class TokenTree:
 
     def pruned(self, depth: int, nodes: int) -> TokenTree:
         """The first `nodes` nodes that are at most `depth` below the root."""
-        if max(self.depths) <= depth and len(self) <= nodes:
+        if len(self) <= min(nodes, depth + 1):  # n nodes are never deeper than n - 1
             return self
         kept = [node for node, below in enumerate(self.depths) if below <= depth][:nodes]
         index = {node: place for place, node in enumerate(kept)} | {-1: -1}

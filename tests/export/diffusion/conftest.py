@@ -43,9 +43,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Pa
 
 
 @pytest.fixture(scope="session")
-def exported(
-    folders: dict[str, tuple[Any, Path]], tmp_path_factory: pytest.TempPathFactory
-) -> Any:
+def exported(folders: dict[str, tuple[Any, Path]], tmp_path_factory: pytest.TempPathFactory) -> Any:
     """`exported(name)`: the bundle of a tiny pipeline, made once."""
     root, made = tmp_path_factory.mktemp("bundles"), {}
 

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from diffusers import LatentConsistencyModelImg2ImgPipeline
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 
 from edgekit.runtime.diffusion.pipeline import ImagePipeline
 from tests.export.diffusion.conftest import Exported
-from tests.export.diffusion.tiny_pipelines import PIPELINES
+from tests.export.diffusion.tiny_pipelines import FOREIGN, PIPELINES
 
 PROMPT = "a red apple on the grass"
 SEED = 11
 LATENT_LIMIT = 1e-5  # of max|x|
 GUIDANCE = {"lcm": 6.0, "sd-turbo": 0.0, "sdxl-turbo": 0.0}
 
-pytestmark = [
-    pytest.mark.torch,
-    # diffusers reads a config attribute of its own the old way
-    pytest.mark.filterwarnings("ignore::FutureWarning:diffusers"),
-]
+pytestmark = FOREIGN
 
 
 def in_torch(example: Exported, steps: int, **changes: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -62,9 +61,7 @@ def test_the_same_seed_draws_the_picture_diffusers_draws(
 ) -> None:
     """At every legal step count, latents and 8-bit pictures are those of diffusers on a CPU generator."""
     example = exported(name)
-    assert_same(
-        in_bundle(example, steps, height=16, width=16), in_torch(example, steps, height=16, width=16)
-    )
+    assert_same(in_bundle(example, steps, height=16, width=16), in_torch(example, steps, height=16, width=16))
 
 
 @pytest.mark.parametrize("name", PIPELINES)
@@ -77,3 +74,17 @@ def test_a_batch_of_odd_sized_pictures_is_the_one_diffusers_draws(
     height, width = 8 * (3 if factor == 2 else 1), 40
     ours = in_bundle(example, 2, height=height, width=width, batch=2)
     assert_same(ours, in_torch(example, 2, height=height, width=width, num_images_per_prompt=2))
+
+
+def test_a_picture_is_redrawn_as_diffusers_redraws_it(
+    exported: Callable[[str], Exported], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Image-to-image from the mean of the encoder's distribution (where diffusers draws from it) gives its picture."""
+    monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mode())
+    example = exported("lcm")
+    given = Image.fromarray(np.random.default_rng(3).integers(0, 255, (16, 24, 3), dtype=np.uint8))
+    redraw = LatentConsistencyModelImg2ImgPipeline(**example.pipeline.components, requires_safety_checker=False)
+    redraw.set_progress_bar_config(disable=True)
+    changed = replace(example, pipeline=redraw)
+    theirs = in_torch(changed, 4, image=given, strength=0.5)
+    assert_same(in_bundle(example, 4, image=given, strength=0.5, height=16, width=24), theirs)

@@ -7,11 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import pytest
 import torch
 from tokenizers import Tokenizer, models, trainers
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+# Warnings of other people's packages about each other; a test module takes these as its `pytestmark`.
+FOREIGN = [
+    pytest.mark.torch,
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:diffusers"),
+    pytest.mark.filterwarnings("ignore::FutureWarning:diffusers"),
+]
 
 WORDS = ["a red apple on the table", "the cat and the dog", "blue sky, green grass", "photo of an old house"] * 4
 START, END = "<|startoftext|>", "<|endoftext|>"

@@ -37,6 +37,7 @@ UNSUPPORTED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (LLAMA, {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 2]}}, "mrope_section"),
     (LLAMA, {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
     (LLAMA, {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    (LLAMA, {"rope_parameters": {"rope_theta": 1e4}, "rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling"),
     (LLAMA, {"rope_interleaved": True}, "rope_interleaved"),
     (LLAMA, {"hidden_act": "xielu"}, "hidden_act"),
     (LLAMA, {"alibi": True}, "alibi"),

@@ -68,10 +68,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
-    "smollm3": ("SmolLM3Config", {"no_rope_layer_interval": 2}),
+    "smollm3": ("SmolLM3Config", {"no_rope_layer_interval": 2, "attention_bias": True, "mlp_bias": True}),
+    "smollm3-sliding": (
+        "SmolLM3Config",
+        {"no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": WINDOW},
+    ),
     "granite": ("GraniteConfig", {**_GRANITE, "attention_bias": True, "mlp_bias": True}),
-    "olmo2": ("Olmo2Config", {}),
-    "gemma": ("GemmaConfig", _HEADS),
+    "olmo2": ("Olmo2Config", {"attention_bias": True}),
+    "gemma": ("GemmaConfig", {**_HEADS, "attention_bias": True}),
     "gemma2": ("Gemma2Config", {**_HEADS, **_GEMMA_SCALE, "attn_logit_softcapping": 2.0}),
     "gemma3_text": (
         "Gemma3TextConfig",

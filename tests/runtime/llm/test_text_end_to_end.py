@@ -180,6 +180,24 @@ print(len(load({str(bundle)!r}, threads=1).generate("import os\\n", max_new_toke
     assert done.stdout.strip() == "8", done.stderr
 
 
+@pytest.mark.parametrize("dialect", ["ort", "std"])
+def test_a_half_precision_cache_takes_the_same_feeds(dialect, tiny_model, bundle_of, tmp_path):
+    """At fp16 biases and cache are halves: a chunked prompt past the window and a tree, near the fp32 rows."""
+    from edgekit.export.language.export import export_language
+
+    _, folder = tiny_model("gemma2")
+    with new_bundle(tmp_path / "half.bundle") as draft:
+        draft.seal(export_language(folder, draft.root, dialect=dialect, precision="fp16"))
+    tokens = tuple((PROMPT * 6)[:40])
+    tree = TokenTree((tokens[-1], 4, 9, 11), (-1, 0, 0, 2))
+    rows = []
+    for path in (bundle_of(folder, dialect), tmp_path / "half.bundle"):
+        verifier, decoding = open_verifier(path, chunk=11)
+        rows.append(verifier.score(tokens, tree).logits)
+    assert decoding.kv.dtype == "float16"
+    np.testing.assert_allclose(rows[1], rows[0], atol=0.02 * np.abs(rows[0]).max())
+
+
 def test_a_long_prompt_in_chunks_is_a_long_prompt(bundle_of):
     """Prefill by the piece, across a growing cache, ends in the same text."""
     path = bundle_of(ROOT / "models" / "pycode-draft")

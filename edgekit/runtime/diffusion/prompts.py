@@ -1,0 +1,35 @@
+"""Prompts to ids for text encoders: every tokenizer of a bundle is read once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from edgekit.bundle.manifest import Tokenizer as Entry
+from edgekit.errors import BadManifest
+from edgekit.runtime.tokenizer import Tokenizer
+
+
+class Prompts:
+    """The named tokenizers of a bundle, with the lengths its text encoders were exported for."""
+
+    def __init__(self, root: Path, entries: Mapping[str, Entry]) -> None:
+        self._root, self._entries = root, entries
+        self._read: dict[str, Tokenizer] = {}
+
+    def ids(self, name: str, texts: Sequence[str]) -> npt.NDArray[np.int64]:
+        """Ids of every text, (texts, length): cut so that the closing token stays, or padded.
+
+        Raises:
+            BadManifest: the tokenizer has no fixed length, or cannot be read.
+        """
+        entry = self._entries[name]
+        if entry.length is None or entry.pad is None:
+            raise BadManifest(f"tokenizer {name!r} has no fixed length and pad id; a text encoder here needs both")
+        if name not in self._read:
+            self._read[name] = Tokenizer.from_file(self._root / entry.file)
+        tokenizer = self._read[name]
+        return np.array([tokenizer.encode_padded(text, entry.length, entry.pad) for text in texts], np.int64)
