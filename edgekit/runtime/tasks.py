@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 TASKS = {
     "text-generation": ("edgekit.runtime.llm.pipeline", "TextPipeline"),
     "text-to-image": ("edgekit.runtime.diffusion.pipeline", "ImagePipeline"),
+    "super-resolution": ("edgekit.runtime.diffusion.pipeline", "ImagePipeline"),
 }
 
 
@@ -36,7 +37,7 @@ def load(
 def load(
     path: str | PathLike[str],
     *,
-    task: Literal["text-to-image"],
+    task: Literal["text-to-image", "super-resolution"],
     device: str = ...,
     threads: int = ...,
     verify: bool = ...,

@@ -73,7 +73,7 @@ def score(cell: dict[str, float]) -> str:
 def steps_table(steps: dict[str, Any]) -> str:
     """R@1 / MSE by grid, step count and set of prompts."""
     names = {"even": "1, 1 - 1/n, ..., 1/n", "stock": "the scheduler's own"}
-    sets = ("trained", "popular", "unseen")
+    sets = ("trained", "favourite", "unseen")
     rows = [
         [names[grid], n, *(score(row[name]) for name in sets)]
         for grid, by_n in steps.items()
@@ -109,7 +109,7 @@ def card(template: Path, record: dict[str, Any], glyphs: list[Glyph], vocabulary
         "prompts": ", ".join(f'"{prompt}"' for prompt in PROMPTS),
         "renders": f"{len(glyphs):,}", "trained_renders": f"{len(glyphs) - held:,}",
         "chance": f"{100 / len(glyphs):.2f}",
-        "n_trained": metrics["counts"]["trained"], "n_popular": metrics["counts"]["popular"], "held_out": held,
+        "n_trained": metrics["counts"]["trained"], "n_favourite": metrics["counts"]["favourite"], "held_out": held,
         "tones": sum(bool(glyph.family) for glyph in glyphs), "families": FAMILIES,
         "steps_table": steps_table(metrics["steps"]), "sweep_table": sweep_table(metrics["sweep"]),
         "stages_table": stages_table(record["stages"]), "seed": SEED, "anchor": metrics["anchor"],

@@ -32,6 +32,18 @@ HELD_OUT = 0.1              # share of their tone combinations that is never tra
 OPENINGS = ("a", "the", "an emoji of a", "a picture of a", "icon of a")
 POPULAR = ("face-", "cat-face", "monkey-face", "emotion", "animal-", "plant-", "food-", "drink", "transport-", "sky")
 OTHERS = ("clothing", "musical-instrument", "event", "sport")
+_FAVOURITES = (
+    "red apple, green apple, banana, grapes, watermelon, strawberry, cherries, lemon, tangerine, pineapple, pear, "
+    "peach, tomato, carrot, pizza, hamburger, hot dog, doughnut, cookie, shortcake, soft ice cream, dog face, cat "
+    "face, mouse face, rabbit face, fox, bear, panda, koala, tiger face, lion, cow face, pig face, frog, monkey "
+    "face, chicken, penguin, bird, owl, octopus, fish, spouting whale, turtle, butterfly, lady beetle, tulip, rose, "
+    "sunflower, cactus, evergreen tree, four leaf clover, mushroom, rocket, automobile, taxi, bus, fire engine, "
+    "police car, locomotive, airplane, sailboat, bicycle, sun, rainbow, snowman, snowflake, cloud, star, fire, "
+    "umbrella, red heart, blue heart, green heart, broken heart, grinning face, smiling face with sunglasses, face "
+    "with tears of joy, robot, ghost, alien, clown face, crown, guitar, balloon, Christmas tree, wrapped gift, "
+    "jack-o-lantern, soccer ball, basketball"
+)
+FAVOURITES = frozenset(_FAVOURITES.split(", "))      # drawn four times as often
 Font = ImageFont.FreeTypeFont
 
 
@@ -49,9 +61,16 @@ class Glyph:
     @property
     def weight(self) -> float:
         """How often it is drawn in training, against 1 for a popular one."""
+        if self.name in FAVOURITES:
+            return 4.0
         if self.family:
             return 0.5
-        return 1.0 if self.label.startswith(POPULAR) else 0.8
+        return 1.0 if self.popular else 0.8
+
+    @property
+    def popular(self) -> bool:
+        """Whether it belongs to the labels that keep all their keywords."""
+        return not self.family and self.label.startswith(POPULAR)
 
 
 def read_captions() -> dict[str, tuple[str, tuple[str, ...]]]:
@@ -168,7 +187,7 @@ def build_tokenizer(glyphs: Sequence[Glyph]) -> Tokenizer:
     known = {word for glyph in glyphs for word in split_words(glyph.name)}
     known |= {word for opening in OPENINGS for word in split_words(opening)}
     shared = Counter(word for g in glyphs for word in set(split_words(" ".join(g.keywords))))
-    popular = {word for g in glyphs if g.weight == 1 for word in split_words(" ".join(g.keywords))}
+    popular = {word for g in glyphs if g.popular for word in split_words(" ".join(g.keywords))}
     known |= popular | {word for word, count in shared.items() if count > 1}
     vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", *sorted(known)])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))

@@ -121,8 +121,8 @@ class Clock:
 
 
 def learning_rate(step: int, done: float, peak: float) -> float:
-    """200 steps of warm-up, then down to nothing as the share of the time budget `done` goes to 1."""
-    return peak * min(1.0, (step + 1) / 200) * math.pow(max(0.01, 1 - done), 0.8)
+    """100 steps of warm-up, then down to nothing as the share of the time budget `done` goes to 1."""
+    return peak * min(1.0, (step + 1) / 100) * math.pow(max(0.01, 1 - done), 0.8)
 
 
 class Run:

@@ -143,7 +143,9 @@ def read_rope(params: Config, *, theta: float, head_dim: int, context: int, part
     kind = params.get("type", "default")  # read both, so that neither is refused; the newer name wins
     kind = params.get("rope_type", kind)
     if kind not in ROPE_TYPES:
-        raise params.refuse("rope_type", f"Known rope types: {', '.join(ROPE_TYPES)}.")
+        raise params.refuse(
+            "rope_type" if "rope_type" in params.values else "type", f"Known rope types: {', '.join(ROPE_TYPES)}."
+        )
     share = params.number("partial_rotary_factor", 1.0 if partial is None else partial)
     if partial is None and share != 1.0:
         raise params.refuse("partial_rotary_factor", "This family rotates whole heads.")

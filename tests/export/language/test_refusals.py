@@ -32,7 +32,7 @@ UNSUPPORTED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (LLAMA, {"num_local_experts": 8}, "num_local_experts"),
     (LLAMA, {"sliding_window": 512}, "sliding_window"),
     (LLAMA, {"layer_types": ["sliding_attention"] * 2}, "layer_types"),
-    (LLAMA, {"rope_scaling": {"type": "su", "factor": 2.0}}, "rope_type"),
+    (LLAMA, {"rope_scaling": {"type": "su", "factor": 2.0}}, "type = 'su'"),
     (LLAMA, {"rope_parameters": {"rope_type": "mrope"}}, "mrope"),
     (LLAMA, {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 2]}}, "mrope_section"),
     (LLAMA, {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),

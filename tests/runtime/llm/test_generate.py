@@ -117,5 +117,11 @@ def test_no_step_goes_past_the_limit(count):
 
 def test_the_context_is_the_other_limit():
     """The text ends when every position of the context is used, also when a bushy tree would not fit."""
-    steps = run(Guesser(3), Sampling(), FakeLM(context=16), 100)
-    assert text(steps) == greedy_text(PROMPT, 16 - len(PROMPT))
+
+    class Bush(Guesser):
+        def propose(self, tokens):
+            return TokenTree((tokens[-1], *range(VOCAB)), (-1,) + (0,) * VOCAB)
+
+    for drafter in (Guesser(3), Bush(0)):
+        steps = run(drafter, Sampling(), FakeLM(context=16), 100)
+        assert text(steps) == greedy_text(PROMPT, 16 - len(PROMPT))

@@ -11,6 +11,7 @@ from edgekit.bundle.manifest import FORMAT, Decoding, Manifest, Part, Provenance
 from edgekit.errors import BadManifest, BadRequest
 from edgekit.runtime.llm import pipeline as module
 from edgekit.runtime.llm.pipeline import TextPipeline
+from edgekit.runtime.tokenizer import REPLACEMENT
 from tests.runtime.llm.fake_lm import VOCAB, FakeBundle, FakeLM, greedy_text
 
 LETTERS = "·abcdefghijk"  # token i is letter i; token 0 is the end-of-sequence token
@@ -21,8 +22,8 @@ TEMPLATE = "{% for m in messages %}{{ m.role[0] }}{{ m.content }}{% endfor %}"
 def open_bundle(tmp_path, monkeypatch):
     """A pipeline whose session is the fake model."""
 
-    def make(*, task: str = "text-generation", template: bool = True, context: int = 600, **decoding: object):
-        engine = Engine(models.WordLevel({letter: i for i, letter in enumerate(LETTERS)}, unk_token="·"))
+    def make(*, task="text-generation", template: bool = True, context: int = 600, letters=LETTERS, **decoding: object):
+        engine = Engine(models.WordLevel({letter: i for i, letter in enumerate(letters)}, unk_token="·"))
         engine.pre_tokenizer = pre_tokenizers.Split("", "isolated")
         engine.decoder = decoders.Fuse()
         (tmp_path / "tokenizer.json").write_text(engine.to_str())
@@ -96,6 +97,16 @@ def test_stop_strings_end_the_text_before_them(open_bundle):
     cut = free.text.index(stop)
     assert (result.text, result.finish_reason) == (free.text[:cut], "stop")
     assert result.tokens == free.tokens[: cut + 3]
+
+
+def test_text_that_waited_comes_with_the_end(open_bundle):
+    """What the detokenizer held back when the tokens ended, here a replacement character, is in the last chunk."""
+    right = greedy_text(ids("abc"), 60)
+    count = right.index(VOCAB - 1) + 1
+    pipe = open_bundle(eos=(), letters=LETTERS[:-1] + REPLACEMENT)
+    chunks = list(pipe.stream("abc", max_new_tokens=count))
+    assert [chunk.text for chunk in chunks[-2:]] == ["", REPLACEMENT]
+    assert "".join(chunk.text for chunk in chunks)[:-1] == letters(right[: count - 1])
 
 
 def test_a_full_context_is_its_own_reason(open_bundle):

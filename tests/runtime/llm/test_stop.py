@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from edgekit.errors import BadRequest
@@ -23,6 +23,8 @@ def cut(text: str, stops: list[str]) -> str:
 
 
 @given(letters, stops, st.lists(st.integers(1, 5), min_size=1))
+@example("aab", ["b", "aa"], [3])
+@example("cab", ["b", "ab"], [3])
 def test_text_is_cut_at_the_first_complete_stop_string(text, stops, sizes):
     """However the text is chunked, what comes out is the text before the stop, and no more at any time."""
     reader, shown, rest, turn = StopStrings(stops), "", text, 0
