@@ -4,7 +4,7 @@
         --run RUN --budget 600
 
 Acceptance in speculative sampling is the overlap of the two distributions (Leviathan et al. 2023), so the loss is
-the forward KL plus the total variation distance, and half of the batches are text that the target wrote itself.
+the forward KL plus the total variation distance, and some batches are text that the target wrote itself.
 """
 
 import argparse
@@ -19,11 +19,12 @@ from training.pycode.model import build_model
 from training.pycode.tokens import Windows, load_documents
 from training.pycode.train import Loss, Plan, run_training, write_options
 
-WINDOWS = ((0.0, 256), (0.85, 1024))
+WINDOWS = ((0.0, ROW - 1), (0.85, 1024))  # length in tokens from this share of the budget on
+WRITTEN_EVERY = 8  # batches
 
 
 class MixedWindows(Windows):
-    """Training text and, every second batch, rows the target wrote."""
+    """Training text and, every `WRITTEN_EVERY`-th batch, rows the target wrote."""
 
     generated: torch.Tensor | None = None  # int64 [N, ROW]
     drawn = 0
@@ -31,7 +32,7 @@ class MixedWindows(Windows):
     def batch(self, rows: int, columns: int) -> torch.Tensor:
         """int64 `[rows, columns + 1]`; written rows come as `[rows, ROW]` whatever `columns` is."""
         self.drawn += 1
-        if self.generated is None or self.drawn % 2:
+        if self.generated is None or self.drawn % WRITTEN_EVERY:
             return super().batch(rows, columns)
         chosen = np.random.default_rng((self.seed, self.drawn)).integers(
             len(self.generated), size=rows * columns // ROW
