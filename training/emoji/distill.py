@@ -1,4 +1,4 @@
-"""Stage 2: guided consistency distillation. `python -m training.emoji.distill --work WORK --minutes 8`.
+"""Stage 2: guided consistency distillation. `python -m training.emoji.distill --work WORK --minutes 11.3`.
 
 Latent consistency distillation (Luo et al. 2023) written for straight flow paths. The student starts as the teacher
 and answers f(x, sigma, w, text) = x - sigma m, so f(x, 0) = x holds by construction. With x at sigma on the way to a
@@ -125,7 +125,7 @@ def train(run: Run, teacher: Networks, corpus: Corpus, minutes: float, size: int
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--minutes", type=float, default=11.3)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--peak", type=float, default=1e-3)
     args = parser.parse_args()

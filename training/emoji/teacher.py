@@ -1,4 +1,4 @@
-"""Stage 1: the rectified-flow teacher. `python -m training.emoji.teacher --work WORK --minutes 48`.
+"""Stage 1: the rectified-flow teacher. `python -m training.emoji.teacher --work WORK --minutes 47`.
 
 The loss is the mean squared error of the velocity; a quarter of each batch sits at sigma = 1, the only level a
 one-step sampler ever sees, the rest is logit-normal. Weights are averaged (EMA). Resumable: state is saved every
@@ -203,7 +203,7 @@ def train(run: Run, corpus: Corpus, minutes: float, size: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=48.0)
+    parser.add_argument("--minutes", type=float, default=47.0)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--peak", type=float, default=2e-3)
     args = parser.parse_args()

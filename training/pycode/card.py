@@ -83,7 +83,9 @@ def demo_text(demos: list[Record]) -> str:
         lines = demo["prompt"].count("\n") + (not demo["prompt"].endswith("\n"))
         given = f"Prompt: {'the first line' if lines == 1 else f'the first {lines} lines'}"
         text = demo["whole"] or demo["text"]
-        shown.append(f"{given}; temperature {demo['temperature']}.\n\n```python\n{text.rstrip()}\n```")
+        shown.append(
+            f"{given}; temperature {demo['temperature']}, seed {demo['seed']}.\n\n```python\n{text.rstrip()}\n```"
+        )
     return "\n\n".join(shown)
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PACKAGES: dict[str, str] = {  # wheel name -> SPDX licence of its Python sources
-    "aiohttp": "Apache-2.0", "attrs": "MIT", "black": "MIT", "bottle": "MIT", "celery": "BSD-3-Clause",
+    "aiohttp": "Apache-2.0 AND MIT", "attrs": "MIT", "black": "MIT", "bottle": "MIT", "celery": "BSD-3-Clause",
     "click": "BSD-3-Clause", "django": "BSD-3-Clause", "fastapi": "MIT", "flask": "BSD-3-Clause",
     "httpx": "BSD-3-Clause", "ipython": "BSD-3-Clause", "jinja2": "BSD-3-Clause", "more_itertools": "MIT",
     "mypy": "MIT", "pydantic": "MIT", "pygments": "BSD-2-Clause", "pytest": "MIT", "requests": "Apache-2.0",

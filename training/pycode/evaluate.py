@@ -2,7 +2,8 @@
 
     python -m training.pycode.evaluate --target models/pycode --draft models/pycode-draft --data DATA --out METRICS.json
 
-Weights are read as stored (bfloat16) and computed with in float32.
+Weights are read as stored (bfloat16) and computed with in float32, except that the target writes the text on which
+acceptance is measured in bfloat16 arithmetic.
 """
 
 import argparse
