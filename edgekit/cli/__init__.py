@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import os
+import sys
+from typing import Any
+
 import typer
 
 from edgekit.cli import demo, doctor, export, inspect, run, terminal
@@ -24,6 +29,9 @@ app.command("doctor")(doctor.command)
 app.command("demo")(demo.command)
 
 
+Misuse: Any = typer.BadParameter.__bases__[0]  # the parser's UsageError: typer keeps its own copy of it, or click's
+
+
 @app.callback(invoke_without_command=True)
 def version(
     context: typer.Context,
@@ -41,8 +49,27 @@ def version(
 
 
 def main() -> None:
-    """The `edgekit` console script; Ctrl-C before a verb has begun ends like Ctrl-C in one."""
+    """The `edgekit` console script: what goes wrong before a verb has begun ends like what goes wrong in one."""
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # closed by the shell: `>&-`  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal of few characters shows the others as question marks
     try:
-        app()
-    except KeyboardInterrupt:
+        code = app(standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
         raise SystemExit(terminal.INTERRUPTED) from None
+    except BrokenPipeError:
+        terminal.abandon_stdout()
+        raise SystemExit(0) from None
+    except Misuse as why:
+        if _asked_for_json(sys.argv[1:]):
+            terminal.show_json(terminal.failure("UsageError", why.format_message(), 2))
+        else:
+            why.show()
+        raise SystemExit(2) from None
+    raise SystemExit(code)
+
+
+def _asked_for_json(words: list[str]) -> bool:
+    """Whether a command line that could not be parsed wanted its answer as JSON."""
+    by_environment = os.environ.get(f"EDGEKIT_{words[0].upper()}_JSON", "") if words else ""
+    return "--json" in words or by_environment.lower() in ("1", "true", "t", "yes", "y", "on")

@@ -15,9 +15,12 @@ if TYPE_CHECKING:
     from edgekit.runtime.diffusion.pipeline import ImagePipeline
     from edgekit.runtime.llm.pipeline import TextPipeline
 
-PICTURES = ("red apple", "dog face", "rocket", "pizza", "sun", "cat face", "tulip", "snowman")
+PICTURES = (
+    *("red apple", "dog face", "rocket", "pizza", "sun"),
+    *("cat face", "tulip", "snowman", "red heart", "fire engine"),
+)
 STEPS = (1, 2, 4)
-CODE = 'import os\n\n\ndef list_files(path):\n    """Return the names of all files in a directory."""\n'
+CODE = "def read_json(path):\n    with open(path) as f:\n"
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,7 @@ def complete(output: Path, seed: int) -> dict[str, Any]:
     from edgekit.runtime.tasks import load
 
     model: TextPipeline = load(output / "pycode.bundle", task="text-generation")
-    result = model.generate(CODE, max_new_tokens=96, temperature=0.0, seed=seed, stop=("\ndef ", "\nclass "))
+    result = model.generate(CODE, max_new_tokens=64, temperature=0.0, seed=seed, stop=("\n\n",))
     return {
         "prompt": CODE,
         "completion": result.text,

@@ -61,8 +61,12 @@ def examine(bundle: Path | None, device: str) -> dict[str, Any]:
         "packages": {group: devices.packages(names) for group, names in PACKAGES.items()},
         "problems": problems,
     }
-    if bundle is not None and engine is not None:
-        facts["graphs"] = _open_graphs(bundle, device)
+    if engine is not None:
+        chosen = devices.choose(device)
+        if bundle is not None:
+            facts["graphs"] = _open_graphs(bundle, chosen)
+        elif chosen.partition(":")[0] not in engine.devices:
+            problems.append(f"device {chosen!r} is not among those that {engine.wheel} lists")
     return facts
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +16,8 @@ from edgekit.cli import terminal
 if TYPE_CHECKING:
     from edgekit.runtime.diffusion.pipeline import ImagePipeline, ImageResult
     from edgekit.runtime.llm.pipeline import TextPipeline
+
+OTHER_PICTURES = {".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,11 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
     if prompt is not None and prompt != "-":
         return prompt
     try:
-        return sys.stdin.read() if file is None else file.read_text(encoding="utf-8")
+        if file is not None:
+            return file.read_text(encoding="utf-8-sig")
+        if sys.stdin is None:
+            raise BadRequest("standard input is closed, so --prompt - has nothing to read")
+        return io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8-sig").read()
     except (OSError, UnicodeDecodeError) as why:
         raise BadRequest(f"cannot read the prompt: {why}") from why
 
@@ -115,6 +123,8 @@ def _run(bundle: Path, asked: Asked, *, device: str, threads: int, verify: bool)
     from edgekit.runtime.llm.pipeline import TextPipeline
     from edgekit.runtime.tasks import load
 
+    if asked.output is not None:
+        check_output(asked.output)
     chosen = choose(device)
     if device == "auto" and not asked.quiet:
         terminal.note(f"device: {chosen}")
@@ -125,6 +135,22 @@ def _run(bundle: Path, asked: Asked, *, device: str, threads: int, verify: bool)
     else:
         _refuse_others({**asked.text, "chat": asked.chat, "system": asked.system}, "text")
         _run_image(model, asked)
+
+
+def check_output(path: Path) -> None:
+    """Refuse a result file that cannot be written, before anything is computed.
+
+    Raises:
+        BadRequest: its folder is missing or cannot be written to, or it is a folder itself.
+    """
+    from edgekit.errors import BadRequest
+
+    if path.is_dir():
+        raise BadRequest(f"--output {path} is a folder; name a file in it")
+    if not path.parent.is_dir():
+        raise BadRequest(f"--output {path}: {path.parent} is not a folder; make it first")
+    if not os.access(path.parent, os.W_OK):
+        raise BadRequest(f"--output {path}: {path.parent} cannot be written to; choose another folder")
 
 
 def _refuse_others(options: dict[str, Any], of: str) -> None:
@@ -168,6 +194,12 @@ def _run_text(model: TextPipeline, asked: Asked) -> None:
 
 def _run_image(model: ImagePipeline, asked: Asked) -> None:
     """Generate with a bar per step, then write one PNG per picture, each with its recipe inside."""
+    from edgekit.errors import BadRequest
+
+    target = asked.output or Path("out.png")
+    check_output(target)
+    if target.suffix.lower() in OTHER_PICTURES:
+        raise BadRequest(f"--output {target}: pictures are written as PNG; name it {target.with_suffix('.png').name}")
     request = {key: value for key, value in asked.image.items() if value is not None}
     with terminal.progress(quiet=asked.quiet or asked.as_json) as report:
         result = model.generate(
@@ -176,7 +208,7 @@ def _run_image(model: ImagePipeline, asked: Asked) -> None:
             seed=asked.seed,
             on_step=lambda event: report(f"{event.stage} {event.row + 1}/{event.of}", (event.row + 1) / event.of),
         )
-    files = [str(path) for path in save_all(result, asked.output or Path("out.png"))]
+    files = [str(path) for path in save_all(result, target)]
     if asked.as_json:
         facts = {"files": files, "metadata": result.metadata, "stats": asdict(result.stats)}
         terminal.show_json({"task": model.task, **facts})

@@ -5,11 +5,14 @@ Results go to stdout; progress, notes and errors go to stderr.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from decimal import Decimal
 from typing import Any
 
 import typer
@@ -21,6 +24,10 @@ INTERRUPTED = 130
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 JSON = typer.Option("--json", help="One JSON object on stdout.")
 Report = Callable[[str, float], None]  # (what is being done, fraction done)
+UNUSABLE = {  # what the system says of a path that the request should not have named
+    *(errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.ENXIO),
+}
 
 
 def run_verb(verb: Callable[[], object], *, as_json: bool) -> None:
@@ -34,16 +41,40 @@ def run_verb(verb: Callable[[], object], *, as_json: bool) -> None:
         note("interrupted; nothing was left half-written")
         raise SystemExit(INTERRUPTED) from None
     except BrokenPipeError:  # the reader went away, as in `edgekit run … | head`
-        sys.stderr.close()
+        abandon_stdout()
         raise SystemExit(0) from None
+    except OSError as why:
+        told = translated(why)
+        fail(told, as_json=as_json)
+        abandon_stdout()
+        raise SystemExit(told.exit_code) from None
+
+
+def translated(why: OSError) -> EdgekitError:
+    """What the system refused, in our words: a path that cannot be used is the request's fault, all else a failure."""
+    if why.errno in UNUSABLE:
+        return BadRequest(f"{why.filename2 or why.filename}: {why.strerror}; give a path that can be used")
+    return EdgekitError(f"the system failed to read or write: {why}. Is the disk full?")
+
+
+def abandon_stdout() -> None:
+    """Nobody takes our output: what is still buffered must not fail once more when the interpreter ends."""
+    with suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def fail(why: EdgekitError, *, as_json: bool) -> None:
     """Say what went wrong: one line for people, one object for programs."""
     if as_json:
-        show_json({"error": {"kind": type(why).__name__, "message": str(why), "exit_code": why.exit_code}})
+        with suppress(OSError):  # where stdout itself is what failed, the exit code must do
+            show_json(failure(type(why).__name__, str(why), why.exit_code))
     else:
         note(f"error: {why}")
+
+
+def failure(kind: str, message: str, exit_code: int) -> dict[str, Any]:
+    """The object that stands for a failure."""
+    return {"error": {"kind": kind, "message": message, "exit_code": exit_code}}
 
 
 def show_json(value: dict[str, Any]) -> None:
@@ -83,7 +114,10 @@ def parse_bytes(text: str) -> int:
     unit = match[2].upper() if match else None
     if match is None or unit not in UNITS:
         raise BadRequest(f"{text!r} is not a size; write for example 300MB, 8GB or 2GiB")
-    return int(float(match[1]) * UNITS[unit])
+    count = int(Decimal(match[1]) * UNITS[unit])
+    if count >= 2**63:
+        raise BadRequest(f"{text!r} is more memory than any machine has")
+    return count
 
 
 def size(count: int | float) -> str:
@@ -104,4 +138,8 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
         grid.add_column(column, overflow="fold")
     for row in rows:
         grid.add_row(*row)
-    Console().print(grid)
+    console = Console()
+    with console.capture() as text:  # rich's own print ends the process with 1 where the reader went away
+        console.print(grid)
+    sys.stdout.write(text.get())
+    sys.stdout.flush()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 
 from edgekit import __version__
-from edgekit.bundle.manifest import Manifest
+from edgekit.bundle.manifest import MANIFEST_FILE, Manifest
 from edgekit.bundle.store import new_bundle, read_bundle, sha256_tree
 from edgekit.errors import BadRequest, BundleError, MemoryLimit, MissingPackage, UnknownDevice
 from edgekit.export.memory import memory_cap
@@ -62,6 +63,8 @@ class ExportRequest:
         for lora in self.loras:
             if not lora.path.is_file():
                 raise BadRequest(f"--lora {lora.path}: no such file")
+            if not math.isfinite(lora.scale):
+                raise BadRequest(f"--lora {lora.path}: {lora.scale} is no scale")
 
     def fingerprint(self) -> str:
         """Hash of all that decides the bundle's content: source and LoRA bytes, options, edgekit's version."""
@@ -99,7 +102,8 @@ def export(request: ExportRequest, report: Report) -> Manifest:
     A target that this very request already made is left alone.
 
     Raises:
-        UsageError: the source or an option cannot be meant; BadRequest if the target exists and is something else.
+        UsageError: the source or an option cannot be meant; BadRequest if the target exists and is something else,
+            or lies inside the source.
         ParityFailed: an exported part does not answer like its source.
         MemoryLimit: `max_memory` is below the need, or was exceeded.
     """
@@ -107,6 +111,7 @@ def export(request: ExportRequest, report: Report) -> Manifest:
     if made is not None:
         return made
     planned = plan(request)
+    _check_target(request)
     if request.max_memory is not None and planned.peak_bytes > request.max_memory:
         need, cap = (f"{count / 1e6:,.1f} MB" for count in (planned.peak_bytes, request.max_memory))
         raise MemoryLimit(f"--max-memory is {cap}; this export needs about {need}. `--dry-run` shows what takes it")
@@ -131,6 +136,22 @@ def current(request: ExportRequest) -> Manifest | None:
     return manifest if manifest.provenance.request == request.fingerprint() else None
 
 
+def _check_target(request: ExportRequest) -> None:
+    """Refuse before the work what `new_bundle` would refuse after it, and a bundle that would change its own source."""
+    source, target = request.source.resolve(), request.target.resolve()
+    if source in target.parents:
+        raise BadRequest(f"--output {target} lies inside its source {source}; write the bundle somewhere else")
+    if target.exists() and not (target / MANIFEST_FILE).is_file():
+        raise BadRequest(f"--output {target} exists and is not a bundle, so it is never replaced; choose another name")
+    if target.exists() and not request.overwrite:
+        raise BadRequest(f"--output {target} is another bundle; choose another name, or replace it with --force")
+
+
+def _in_all(report: Report) -> Report:
+    """A language export's two stages on one scale, so that a bar fed with it never jumps back."""
+    return lambda what, share: report(what, 0.3 * share if what == "reading" else 0.3 + 0.7 * share)
+
+
 def _export_parts(request: ExportRequest, staging: Path, report: Report) -> Manifest:
     """Write graphs and tokenizers under `staging`; the manifest comes back without its file rows."""
     source = read_source(request.source)
@@ -140,7 +161,7 @@ def _export_parts(request: ExportRequest, staging: Path, report: Report) -> Mani
         dialect = DIALECTS[request.device]
         with memory_cap(request.max_memory):
             return export_language(
-                request.source, staging, precision=request.precision, dialect=dialect, progress=report
+                request.source, staging, precision=request.precision, dialect=dialect, progress=_in_all(report)
             )
     from edgekit.export.families.export import export_diffusion
 

@@ -55,13 +55,14 @@ def memory_cap(limit: int | None) -> Iterator[None]:
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
-        yield
+        try:
+            yield
+        finally:
+            done.set()
+            watcher.join()  # the interrupt may arrive here as well, when the block is just done
     except KeyboardInterrupt:
         if not over.is_set():
             raise
-    finally:
-        done.set()
-        watcher.join()
     if over.is_set():
         raise MemoryLimit(
             f"the export took {peak_bytes() / 1e6:,.1f} MB, over --max-memory {limit / 1e6:,.1f} MB (nothing written)"

@@ -55,7 +55,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """One JSON object from a file.
 
     Raises:
-        BadSource: missing, larger than any config, not JSON, or not an object.
+        BadSource: missing, unreadable, larger than any config, not JSON, or not an object.
     """
     try:
         if path.stat().st_size > INDEX_LIMIT:
@@ -63,7 +63,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as why:
         raise BadSource(f"{path} is missing; is the download complete?") from why
-    except (ValueError, RecursionError) as why:
+    except (OSError, ValueError, RecursionError) as why:
         raise BadSource(f"{path}: {why}") from why
     if not isinstance(value, dict):
         raise BadSource(f"{path} holds {type(value).__name__}, not an object")

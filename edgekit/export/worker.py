@@ -22,6 +22,7 @@ import msgspec
 from edgekit import errors
 from edgekit.errors import EdgekitError, MemoryLimit
 from edgekit.export.families import PartJob
+from edgekit.export.memory import peak_bytes
 from edgekit.export.parity import Comparison
 
 WATCH_SECONDS = 0.05
@@ -50,7 +51,7 @@ class Task(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Event(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One line from a child: where it is, what it found, or why it ended."""
+    """One line from a child: where it is, what it found, or why it ended; its peak memory up to then."""
 
     part: str = ""
     stage: str = ""
@@ -120,20 +121,6 @@ def _tail(log: IO[bytes]) -> str:
     return "\n".join(log.read().decode(errors="replace").splitlines()[-LOG_LINES:])
 
 
-def peak_bytes() -> int:
-    """The largest resident memory of this process so far.
-
-    Linux counts it per address space in /proc; getrusage there also remembers the parent this process was forked from.
-    """
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 def _watch(task: Task, tell: Callable[[Event], None]) -> None:
     """End this process when its parent is gone or its memory is above the cap; a thread of the child."""
     parent = os.getppid()
@@ -181,12 +168,12 @@ def _do(task: Task, tell: Callable[[Event], None]) -> None:
         for job in task.jobs:
             tell(Event(job.part, "compare"))
             graph, references = Path(task.graphs) / f"{job.part}.onnx", Path(task.references) / f"{job.part}.npz"
-            tell(Event(job.part, comparison=compare(job, graph, references)))
+            tell(Event(job.part, comparison=compare(job, graph, references), peak_bytes=peak_bytes()))
         return
     from edgekit.export.trace import trace
 
     for job in task.jobs:
-        trace(job, task, lambda stage, part=job.part: tell(Event(part, stage)))  # type: ignore[misc]
+        trace(job, task, lambda stage, part=job.part: tell(Event(part, stage, peak_bytes=peak_bytes())))  # type: ignore[misc]
 
 
 if __name__ == "__main__":

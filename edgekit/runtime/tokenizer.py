@@ -14,7 +14,7 @@ from typing import Any
 
 from tokenizers import Tokenizer as Engine
 
-from edgekit.errors import BadManifest
+from edgekit.errors import BadManifest, BadRequest
 
 REPLACEMENT = "\ufffd"  # what decoders put for bytes that are no character, or not yet one
 
@@ -67,7 +67,17 @@ class Tokenizer:
         return size
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Ids of `text`; with `add_special_tokens` also what the model's own post-processor puts around them."""
+        """Ids of `text`; with `add_special_tokens` also what the model's own post-processor puts around them.
+
+        Raises:
+            BadRequest: the text holds half a surrogate pair, as bytes of another encoding do when read as UTF-8.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as why:
+            raise BadRequest(
+                f"character {why.start} of the text is no Unicode: {text[why.start]!r}. Is it UTF-8?"
+            ) from why
         ids: list[int] = self._engine.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 

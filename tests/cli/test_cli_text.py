@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from tests.cli.conftest import MODELS, ROOT, Run, command, only_json
 
 PROMPT = "def add(a, b):\n    return"
@@ -185,7 +186,7 @@ def test_ctrl_c_ends_a_run_cleanly(text_bundle: Path, tmp_path: Path) -> None:
 def test_ctrl_c_in_an_export_leaves_nothing(tmp_path: Path, after: float) -> None:
     """Interrupted at different moments: exit code 130 (or it was already done), and no half bundle beside it."""
     done = interrupt(("export", MODELS / "pycode", "-o", tmp_path / "x.bundle"), after=after, cwd=tmp_path)
-    assert done.returncode in (0, 130), done.stderr
+    assert done.returncode in (0, 130, -signal.SIGINT), done.stderr  # the last: before Python itself had started
     assert "Traceback" not in done.stderr
     left = [path.name for path in tmp_path.iterdir()]
     assert left == (["x.bundle"] if done.returncode == 0 else [])

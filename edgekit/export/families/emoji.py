@@ -5,7 +5,9 @@ The UNet works on pixels, folded two by two into 12 channels, so its "decoder" i
 
 from __future__ import annotations
 
-from edgekit.bundle.recipe import Call, Decode, Denoise, Guidance, Init, Recipe, Sampler, Stage
+import msgspec
+
+from edgekit.bundle.recipe import Call, Decode, Denoise, Grid, Guidance, Init, Recipe, Sampler, Stage
 from edgekit.errors import UnsupportedModel
 from edgekit.export.families import Family, PartJob, PromptTokenizer
 from edgekit.export.families.parts import BATCH, component, f32, text_jobs, unet_config, unet_job
@@ -32,7 +34,10 @@ def recipe(source: Source) -> Recipe:
     base = Stage(
         name="base",
         init=Init(channels=unet["in_channels"], downscale=FOLD, width=size, height=size, fixed_size=True),
-        sampler=flow_lcm_sampler(scheduler_config(source), LEGAL_STEPS, steps=4),
+        # The scheduler's own grid ends at sigma 0.001, where a step changes nothing; its card says even steps instead.
+        sampler=msgspec.structs.replace(
+            flow_lcm_sampler(scheduler_config(source), LEGAL_STEPS, steps=4), grid=Grid("uniform")
+        ),
         denoise=Denoise(
             part="unet",
             feeds={

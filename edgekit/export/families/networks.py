@@ -6,13 +6,19 @@ the part's inputs in order and returns its outputs in order. Only safetensors on
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from edgekit.export.families.weights import variant_of
+from edgekit.errors import BadSource
+from edgekit.export.families.weights import HEADER_START, read_header, variant_of, weight_files
+from edgekit.export.sources import read_json
+
+STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
 
 def _from_diffusers(name: str, folder: Path) -> Any:
@@ -22,6 +28,44 @@ def _from_diffusers(name: str, folder: Path) -> Any:
         folder, torch_dtype=torch.float32, variant=variant_of(folder), use_safetensors=True, local_files_only=True
     )
     return model.eval()
+
+
+def _streamed_unet(folder: Path) -> Any:
+    """A UNet with its weights read one by one: from_pretrained holds the stored and the widened copy at once.
+
+    Raises:
+        BadSource: the files hold other weights than the config asks for.
+    """
+    import accelerate
+    from diffusers import UNet2DConditionModel
+
+    with accelerate.init_empty_weights():
+        model = UNet2DConditionModel.from_config(read_json(folder / "config.json"))
+    awaited = {name: parameter.shape for name, parameter in model.named_parameters()}
+    for path in weight_files(folder):
+        for name, tensor in _tensors(path):
+            if awaited.pop(name, None) != tensor.shape:
+                raise BadSource(f"{path}: {name} {tuple(tensor.shape)} is no weight of the unet its config describes")
+            module, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(module), leaf, nn.Parameter(tensor, requires_grad=False))
+    if awaited:
+        raise BadSource(f"{folder}: {len(awaited)} weights are missing, among them {next(iter(awaited))}")
+    return model.eval()
+
+
+def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a safetensors file in float32, each read when asked for and then let go."""
+    header = read_header(path)
+    header.pop("__metadata__", None)
+    with path.open("rb") as file:
+        start = HEADER_START + int.from_bytes(file.read(HEADER_START), "little")
+        for name, info in header.items():
+            begin, end = info["data_offsets"]
+            file.seek(start + begin)
+            raw = np.fromfile(file, np.uint8, end - begin)
+            if info["dtype"] not in STORED or len(raw) != end - begin:
+                raise BadSource(f"{path}: {name} is {info['dtype']} in {len(raw)} bytes; is the download complete?")
+            yield name, torch.from_numpy(raw).view(STORED[info["dtype"]]).reshape(info["shape"]).to(torch.float32)
 
 
 def _clip(name: str, folder: Path) -> Any:
@@ -51,7 +95,7 @@ class UNet(Part):
     """UNet2DConditionModel with one text encoder."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(_from_diffusers("UNet2DConditionModel", folder))
+        super().__init__(_streamed_unet(folder))
 
     def forward(
         self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, timestep_cond: Tensor | None = None

@@ -13,6 +13,7 @@ from edgekit.export.sources import read_json
 
 STEMS = ("diffusion_pytorch_model", "model")
 VARIANTS = (None, "fp16")  # full precision first: half is upcast, and only where it is all there is
+HEADER_START = 8  # bytes of the header's own length
 HEADER_LIMIT = 100 * 2**20
 
 
@@ -60,10 +61,13 @@ def read_header(path: Path) -> dict[str, Any]:
     """
     try:
         with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
+            (length,) = struct.unpack("<Q", file.read(HEADER_START))
             if length > HEADER_LIMIT:
                 raise BadSource(f"{path}: a header of {length:,} bytes; this is not a safetensors file")
-            header = json.loads(file.read(length))
+            raw = file.read(length)
+        if len(raw) != length:
+            raise ValueError(f"its header has {length:,} bytes, of which {len(raw):,} are there")
+        header = json.loads(raw)
         if not all(
             isinstance(info, dict) and (name == "__metadata__" or "shape" in info) for name, info in header.items()
         ):

@@ -104,6 +104,7 @@ def test_folding_is_what_diffusers_fuses(unet: Any, tmp_path: Path, spelling: st
     keys = SPELLINGS[spelling](ADAPTED, dict(unet.named_parameters()))
     ours = folded(unet, "unet", keys, tmp_path / "l.safetensors", 0.7)
     pipeline = tiny.sd_turbo()
+    pipeline.register_modules(unet=copy.deepcopy(unet))
     pipeline.load_lora_weights(dict(keys))
     pipeline.fuse_lora(lora_scale=0.7)
     pipeline.unload_lora_weights()

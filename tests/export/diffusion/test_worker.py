@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnx_ir
 import pytest
@@ -17,17 +19,19 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from edgekit.bundle.manifest import TensorSpec
-from edgekit.errors import BadSource, MemoryLimit, ParityFailed, SessionFailed
+from edgekit.errors import BadSource, EdgekitError, MemoryLimit, ParityFailed, SessionFailed
 from edgekit.export.families import PartJob
 from edgekit.export.families.export import DiffusionOptions, export_diffusion
+from edgekit.export.memory import peak_bytes
 from edgekit.export.parity import LIMIT, Comparison, compare, difference, probe, save_references
 from edgekit.export.sources import read_source
-from edgekit.export.worker import Event, Task, peak_bytes, run_task
+from edgekit.export.worker import Event, Task, run_task
 from tests.export.diffusion.tiny_pipelines import FOREIGN
 
 pytestmark = FOREIGN
 
 MIB = 2**20
+REPOSITORY = Path(__file__).parents[3]
 DOUBLE = PartJob(
     part="double",
     network="edgekit.export.families.emoji_networks:Unfold",
@@ -102,7 +106,7 @@ def test_an_answer_that_is_not_finite_or_of_another_shape_never_passes() -> None
         Comparison("part", float("nan"), ()).gate()
 
 
-@given(arrays(np.float32, 5, elements=st.floats(-1e3, 1e3, width=32)), st.floats(1e-3, 1e3, width=32))
+@given(arrays(np.float32, 5, elements=st.floats(-1e3, 1e3, width=32)), st.floats(0.125, 1024, width=32))
 def test_a_difference_does_not_depend_on_the_scale(x: np.ndarray, scale: float) -> None:
     """Both sides times anything: the same relative error."""
     reference = x + np.float32(1e3 + 1)
@@ -129,7 +133,8 @@ def test_an_error_of_the_child_is_raised_by_its_class(tmp_path: Path) -> None:
 
 def test_a_defect_of_the_child_shows_its_last_words(tmp_path: Path) -> None:
     """An exception nobody planned for ends in an error with the traceback's tail, not in silence."""
-    with pytest.raises(Exception, match=r"double\.npz"):
+    doubling(tmp_path / "double.onnx", 2)
+    with pytest.raises(EdgekitError, match=r"FileNotFoundError[^$]*double\.npz"):
         run_task(task(tmp_path), lambda _: None)
 
 
@@ -155,20 +160,24 @@ def test_peak_memory_counts_this_process_alone() -> None:
     before = peak_bytes()
     block = np.ones(200 * MIB // 8)
     assert peak_bytes() - before > 100 * MIB or before > block.nbytes
-    code = "from edgekit.export.worker import peak_bytes; print(peak_bytes())"
-    child = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, cwd=Path(__file__).parents[3])
+    code = "from edgekit.export.memory import peak_bytes; print(peak_bytes())"
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, cwd=REPOSITORY)
     assert int(child.stdout) < 150 * MIB
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc, waits on a FIFO")
 def test_a_child_dies_with_its_parent(tmp_path: Path) -> None:
-    """Killing the exporting process leaves no tracing process behind."""
+    """Killing the exporting process leaves no child behind, even one that waits for ever."""
+    doubling(tmp_path / "double.onnx", 2)
+    os.mkfifo(tmp_path / "double.npz")  # opening it to read waits for a writer, who never comes
+    (tmp_path / "task.json").write_bytes(msgspec.json.encode(task(tmp_path)))
     code = (
-        "import sys; from pathlib import Path; import tests.export.diffusion.test_worker as t;"
-        "t.run_task(t.task(Path(sys.argv[1]), kind='trace', jobs=(t.SLEEPER,)), lambda e: print(e.part, flush=True))"
+        "import msgspec, sys; from pathlib import Path; from edgekit.export.worker import Task, run_task;"
+        "asked = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=Task);"
+        "run_task(asked, lambda event: print(event.part, flush=True))"
     )
     parent = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, cwd=Path(__file__).parents[3]
+        [sys.executable, "-c", code, str(tmp_path / "task.json")], stdout=subprocess.PIPE, cwd=REPOSITORY
     )
     assert parent.stdout is not None
     with parent.stdout:
@@ -178,14 +187,6 @@ def test_a_child_dies_with_its_parent(tmp_path: Path) -> None:
     parent.wait()
     assert children
     assert all(_gone(int(child)) for child in children)
-
-
-def sleep(_: Path) -> None:
-    """A builder that never returns: stands for a long export."""
-    time.sleep(600)
-
-
-SLEEPER = PartJob("double", f"{__name__}:sleep", "", DOUBLE.inputs, DOUBLE.outputs, DOUBLE.sizes)
 
 
 def _gone(pid: int) -> bool:
