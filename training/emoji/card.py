@@ -19,7 +19,16 @@ PYTHON_PACKAGES = ("torch", "diffusers", "transformers", "tokenizers", "safetens
 DEBIAN_PACKAGES = ("fonts-noto-color-emoji", "unicode-cldr-core")
 DEFAULT_STEPS = 4
 PROMPTS = (
-    "red apple", "dog face", "rocket", "pizza", "sun", "cat face", "tulip", "snowman", "red heart", "fire engine",
+    "red apple",
+    "dog face",
+    "rocket",
+    "pizza",
+    "sun",
+    "cat face",
+    "tulip",
+    "snowman",
+    "red heart",
+    "fire engine",
 )
 
 
@@ -53,7 +62,7 @@ def training_record(work: Path, glyphs: list[Glyph], parameters: dict[str, int])
         "parameters": parameters,
         "packages": {name: version(name) for name in PYTHON_PACKAGES},
     }
-    if (work / "notes.txt").exists():       # whatever the run's history adds
+    if (work / "notes.txt").exists():  # whatever the run's history adds
         record["notes"] = (work / "notes.txt").read_text().strip()
     if (work / "metrics.json").exists():
         record["metrics"] = json.loads((work / "metrics.json").read_text())
@@ -104,20 +113,33 @@ def card(template: Path, record: dict[str, Any], glyphs: list[Glyph], vocabulary
     sizes = {f"{name}_parameters": f"{count / 1e6:.2f}" for name, count in record["parameters"].items()}
     held = len(data["held_out"])
     values = {
-        "size": f"{megabytes:.1f}", "vocabulary": f"{vocabulary:,}", **sizes,
-        "default_steps": DEFAULT_STEPS, "guidance": metrics["guidance"],
+        "size": f"{megabytes:.1f}",
+        "vocabulary": f"{vocabulary:,}",
+        **sizes,
+        "default_steps": DEFAULT_STEPS,
+        "guidance": metrics["guidance"],
         "prompts": ", ".join(f'"{prompt}"' for prompt in PROMPTS),
-        "renders": f"{len(glyphs):,}", "trained_renders": f"{len(glyphs) - held:,}",
+        "renders": f"{len(glyphs):,}",
+        "trained_renders": f"{len(glyphs) - held:,}",
         "chance": f"{100 / len(glyphs):.2f}",
-        "n_trained": metrics["counts"]["trained"], "n_favourite": metrics["counts"]["favourite"], "held_out": held,
-        "tones": sum(bool(glyph.family) for glyph in glyphs), "families": FAMILIES,
-        "steps_table": steps_table(metrics["steps"]), "sweep_table": sweep_table(metrics["sweep"]),
-        "stages_table": stages_table(record["stages"]), "seed": SEED, "anchor": metrics["anchor"],
+        "n_trained": metrics["counts"]["trained"],
+        "n_favourite": metrics["counts"]["favourite"],
+        "held_out": held,
+        "tones": sum(bool(glyph.family) for glyph in glyphs),
+        "families": FAMILIES,
+        "steps_table": steps_table(metrics["steps"]),
+        "sweep_table": sweep_table(metrics["sweep"]),
+        "stages_table": stages_table(record["stages"]),
+        "seed": SEED,
+        "anchor": metrics["anchor"],
         "notes": record.get("notes", ""),
-        "sr_images": metrics["upscaler"]["images"], "sr_psnr": f"{metrics['upscaler']['psnr']:.2f}",
+        "sr_images": metrics["upscaler"]["images"],
+        "sr_psnr": f"{metrics['upscaler']['psnr']:.2f}",
         "sr_bicubic": f"{metrics['upscaler']['psnr_bicubic']:.2f}",
-        "e2e_images": metrics["end_to_end"]["images"], "e2e_psnr": f"{metrics['end_to_end']['psnr']:.2f}",
+        "e2e_images": metrics["end_to_end"]["images"],
+        "e2e_psnr": f"{metrics['end_to_end']['psnr']:.2f}",
         "e2e_bicubic": f"{metrics['end_to_end']['psnr_bicubic']:.2f}",
-        "font_version": data["fonts-noto-color-emoji"], "cldr_version": data["unicode-cldr-core"],
+        "font_version": data["fonts-noto-color-emoji"],
+        "cldr_version": data["unicode-cldr-core"],
     }
     return Template(template.read_text(encoding="utf-8")).substitute(values)

@@ -26,9 +26,9 @@ from training.emoji.networks import IMAGE, LENGTH
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 CLDR = Path("/usr/share/unicode/cldr/common")
 TONES = frozenset(chr(c) for c in range(0x1F3FB, 0x1F400))
-CELL = 136                  # the font's bitmaps are 136x128 pixels; we centre them in a square
-FAMILIES = 30               # how many skin-tone families are used, each with its five tones
-HELD_OUT = 0.1              # share of their tone combinations that is never trained on
+CELL = 136  # the font's bitmaps are 136x128 pixels; we centre them in a square
+FAMILIES = 30  # how many skin-tone families are used, each with its five tones
+HELD_OUT = 0.1  # share of their tone combinations that is never trained on
 OPENINGS = ("a", "the", "an emoji of a", "a picture of a", "icon of a")
 POPULAR = ("face-", "cat-face", "monkey-face", "emotion", "animal-", "plant-", "food-", "drink", "transport-", "sky")
 OTHERS = ("clothing", "musical-instrument", "event", "sport")
@@ -43,7 +43,7 @@ _FAVOURITES = (
     "with tears of joy, robot, ghost, alien, clown face, crown, guitar, balloon, Christmas tree, wrapped gift, "
     "jack-o-lantern, soccer ball, basketball"
 )
-FAVOURITES = frozenset(_FAVOURITES.split(", "))      # drawn four times as often
+FAVOURITES = frozenset(_FAVOURITES.split(", "))  # drawn four times as often
 Font = ImageFont.FreeTypeFont
 
 

@@ -24,12 +24,12 @@ from training.emoji.data import encode, random_prompt
 from training.emoji.networks import guidance_embedding
 from training.emoji.teacher import SEED, Corpus, Networks, Run, load_corpus, mix, mixed_precision
 
-GRID = 32                   # a teacher step is one to two 1/32 long
-SCALES = (1.0, 6.0)         # guidance scales w
-INFERENCE = (1.0, 1.0, 1.0, 0.75, 2 / 3, 0.5, 1 / 3, 0.25)      # levels of the 1- to 8-step grids, drawn more often
+GRID = 32  # a teacher step is one to two 1/32 long
+SCALES = (1.0, 6.0)  # guidance scales w
+INFERENCE = (1.0, 1.0, 1.0, 0.75, 2 / 3, 0.5, 1 / 3, 0.25)  # levels of the 1- to 8-step grids, drawn more often
 DECAY = 0.99
-ANCHOR = 0.5                # weight of the pull to the named picture in a consistency step
-CYCLE = 3                   # every third step is a consistency step
+ANCHOR = 0.5  # weight of the pull to the named picture in a consistency step
+CYCLE = 3  # every third step is a consistency step
 
 
 def draw_sigmas(size: int) -> tuple[Tensor, Tensor]:

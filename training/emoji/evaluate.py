@@ -25,23 +25,59 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPTextModel
 
+from edgekit.export.families.emoji_networks import ResidualUpscaler
 from training.emoji.data import FAVOURITES, Glyph, encode
 from training.emoji.distill import ANCHOR
 from training.emoji.networks import guidance_embedding, unfold
 from training.emoji.teacher import load_corpus
-from training.emoji.upscaler import ResidualUpscaler, enlarge, held_out_psnr, psnr
+from training.emoji.upscaler import enlarge, held_out_psnr, psnr
 
 STEPS = (1, 2, 4, 8)
 SCALES = (1.0, 1.5, 2.0, 3.0)
 BATCH = 64
 DEMO = (
-    "red apple", "dog face", "rocket", "pizza", "sun", "cat face", "tulip", "snowman", "red heart", "fire engine",
-    "panda", "octopus", "crown", "hamburger", "automobile", "purple heart", "alien", "penguin", "guitar", "cactus",
+    "red apple",
+    "dog face",
+    "rocket",
+    "pizza",
+    "sun",
+    "cat face",
+    "tulip",
+    "snowman",
+    "red heart",
+    "fire engine",
+    "panda",
+    "octopus",
+    "crown",
+    "hamburger",
+    "automobile",
+    "purple heart",
+    "alien",
+    "penguin",
+    "guitar",
+    "cactus",
 )
 UNWRITTEN = (
-    "apple", "green heart face", "a happy cat", "blue car", "fruit", "flower", "black dog", "smiling pizza",
-    "purple apple", "angry tiger", "snow mountain", "astronaut: medium skin tone", "yellow bus", "love", "weather",
-    "king of cats", "blue book", "party", "green circle", "an emoji of a train",
+    "apple",
+    "green heart face",
+    "a happy cat",
+    "blue car",
+    "fruit",
+    "flower",
+    "black dog",
+    "smiling pizza",
+    "purple apple",
+    "angry tiger",
+    "snow mountain",
+    "astronaut: medium skin tone",
+    "yellow bus",
+    "love",
+    "weather",
+    "king of cats",
+    "blue book",
+    "party",
+    "green circle",
+    "an emoji of a train",
 )
 
 

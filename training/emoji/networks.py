@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel
 
-IMAGE = 32                  # pixels of the generated image
-LENGTH = 16                 # tokens of every prompt; shorter ones are padded with [PAD] = 0
+IMAGE = 32  # pixels of the generated image
+LENGTH = 16  # tokens of every prompt; shorter ones are padded with [PAD] = 0
 TEXT_WIDTH = 160
-GUIDANCE_WIDTH = 64         # width of the guidance embedding (`time_cond_proj_dim`)
+GUIDANCE_WIDTH = 64  # width of the guidance embedding (`time_cond_proj_dim`)
 
 
 def make_text_encoder(vocabulary: int) -> CLIPTextModel:
@@ -31,12 +31,12 @@ def make_text_encoder(vocabulary: int) -> CLIPTextModel:
         hidden_act="gelu",
         pad_token_id=0,
         bos_token_id=1,
-        eos_token_id=0,     # the pooled output reads the first [PAD]; nothing uses it
+        eos_token_id=0,  # the pooled output reads the first [PAD]; nothing uses it
     )
     model = CLIPTextModel(config)
     for name, weight in model.named_parameters():
         if name.endswith("token_embedding.weight"):
-            nn.init.normal_(weight, std=1.0)    # CLIP's 0.02 hides the words for the first thousands of steps
+            nn.init.normal_(weight, std=1.0)  # CLIP's 0.02 hides the words for the first thousands of steps
         elif name.endswith("position_embedding.weight"):
             nn.init.normal_(weight, std=0.2)
     return model

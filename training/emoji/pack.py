@@ -15,11 +15,12 @@ from diffusers import FlowMatchLCMScheduler
 from diffusers.models.attention_processor import AttnProcessor2_0
 from safetensors.torch import save_file
 
+from edgekit.export.families.emoji_networks import ResidualUpscaler
 from training.emoji.card import card, training_record
 from training.emoji.data import build_tokenizer, choose_glyphs
 from training.emoji.networks import LENGTH
 from training.emoji.teacher import SEED, Networks
-from training.emoji.upscaler import CONFIG, ResidualUpscaler
+from training.emoji.upscaler import CONFIG
 
 INDEX = {
     "_class_name": "EmojiPipeline",

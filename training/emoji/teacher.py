@@ -66,7 +66,7 @@ class Networks(nn.Module):
         super().__init__()
         self.text: CLIPTextModel = make_text_encoder(vocabulary)
         self.unet: UNet2DConditionModel = make_unet().to(memory_format=torch.channels_last)
-        self.text.set_attn_implementation("eager")      # on CPU the fused bf16 attention is slow backwards
+        self.text.set_attn_implementation("eager")  # on CPU the fused bf16 attention is slow backwards
         self.unet.set_attn_processor(AttnProcessor())
 
     def encode_text(self, ids: Tensor) -> Tensor:
@@ -214,7 +214,7 @@ def main() -> None:
     torch.manual_seed(SEED)
     model = Networks(corpus.tokenizer.get_vocab_size())
     run = Run(model, path, args.peak)
-    torch.manual_seed(SEED + 1 + run.step)      # a resumed run draws new batches
+    torch.manual_seed(SEED + 1 + run.step)  # a resumed run draws new batches
     corpus.rng.seed(SEED + 1 + run.step)
     train(run, corpus, args.minutes, args.batch)
 

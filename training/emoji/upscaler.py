@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from edgekit.export.families.emoji_networks import ResidualUpscaler
 from training.emoji.data import Glyph, encode, renders
 from training.emoji.networks import guidance_embedding, unfold
 from training.emoji.teacher import Clock, Corpus, Networks, learning_rate, load_corpus, mix, mixed_precision, save
@@ -22,44 +23,18 @@ from training.emoji.teacher import Clock, Corpus, Networks, learning_rate, load_
 CONFIG = {"_class_name": "ResidualUpscaler", "in_channels": 3, "channels": 48, "blocks": 8, "scale": 4}
 TEST_LABELS = frozenset({"food-vegetable", "animal-bird", "transport-water", "musical-instrument", "clothing"})
 SEED = 0
-PATCH = 20                  # pixels of a low-resolution training patch
+PATCH = 20  # pixels of a low-resolution training patch
 BATCH = 16
 PEAK = 1.5e-3
-GOOD = 0.02                 # a sample farther than this from its render (mean squared error) is not trained on
+GOOD = 0.02  # a sample farther than this from its render (mean squared error) is not trained on
 
 
-class ResidualBlock(nn.Module):
-    """h + conv(silu(conv(h)))."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, h: Tensor) -> Tensor:
-        out: Tensor = h + self.conv2(F.silu(self.conv1(h)))
-        return out
-
-
-class ResidualUpscaler(nn.Module):
-    """(B, 3, H, W) -> (B, 3, scale H, scale W): the bicubic enlargement minus a pixel-shuffled residual."""
-
-    def __init__(self, in_channels: int = 3, channels: int = 48, blocks: int = 8, scale: int = 4) -> None:
-        super().__init__()
-        self.scale = scale
-        self.head = nn.Conv2d(in_channels, channels, 3, padding=1)
-        self.blocks = nn.ModuleList(ResidualBlock(channels) for _ in range(blocks))
-        self.tail1 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.tail2 = nn.Conv2d(channels, in_channels * scale**2, 3, padding=1)
-        nn.init.zeros_(self.tail2.weight)
-        nn.init.zeros_(self.tail2.bias)
-
-    def forward(self, lr: Tensor) -> Tensor:
-        h = self.head(lr)
-        for block in self.blocks:
-            h = block(h)
-        residual = F.pixel_shuffle(self.tail2(F.silu(self.tail1(h))), self.scale)
-        return enlarge(lr, self.scale) - residual
+def new_upscaler() -> ResidualUpscaler:
+    """An untrained upscaler that starts as plain bicubic enlargement: its residual is zero."""
+    net = ResidualUpscaler()
+    nn.init.zeros_(net.tail2.weight)
+    nn.init.zeros_(net.tail2.bias)
+    return net
 
 
 def enlarge(lr: Tensor, scale: int = 4) -> Tensor:
@@ -200,7 +175,7 @@ def main() -> None:
     if not cache.exists():
         save(renders(corpus.glyphs, 128).half(), cache)
     low, high = unfold(corpus.latents), torch.load(cache).float()
-    net = ResidualUpscaler().to(memory_format=torch.channels_last)
+    net = new_upscaler().to(memory_format=torch.channels_last)
     run = UpscalerRun(net, path)
     torch.manual_seed(SEED + 1 + run.step)
     train(run, Patches(corpus, args.work, low, high), args.minutes)
