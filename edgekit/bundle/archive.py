@@ -62,18 +62,26 @@ def open_zip(file: Path) -> Bundle:
     with open_regular(file) as stream:
         _, _, digest = _read_index(file, stream)
     target = cache_folder() / "bundles" / digest
-    with suppress(BundleError):
-        cached = read_folder(target, verify=False)
-        if cached.digest == digest:
-            return cached
+    if (cached := _cached(target, digest)) is not None:
+        return cached
     with staging(target) as folder:
         if _unpack(file, folder / "bundle").digest != digest:
             raise BadArchive(f"{file} changed while it was read; open it again")
-        if target.exists():
-            shutil.rmtree(target)
-        with suppress(OSError):  # another process was faster; what it made passed the same check
+        if (cached := _cached(target, digest)) is not None:  # another process was faster, and may be reading its copy
+            return cached
+        with suppress(OSError):
+            target.rename(folder / "broken")
+        with suppress(OSError):  # faster by a moment; what it made passed the same check
             (folder / "bundle").rename(target)
     return read_folder(target, verify=False)
+
+
+def _cached(target: Path, digest: str) -> Bundle | None:
+    """The unpacked copy, if it is there and whole."""
+    with suppress(BundleError, FileNotFoundError):
+        cached = read_folder(target, verify=False)
+        return cached if cached.digest == digest else None
+    return None
 
 
 def _check_content(file: Path, bundle: Bundle) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
+import click
 
 from edgekit.cli import terminal
 
@@ -38,12 +38,31 @@ SHIPPED = (
 )
 
 
+@click.command()
+@click.option(
+    "--models",
+    type=click.Path(path_type=Path),
+    default=Path("models"),
+    show_default=True,
+    help="Folder of the shipped checkpoints.",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path("demo"),
+    show_default=True,
+    help="Where bundles and results go.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same pictures.")
+@click.option("--quiet", is_flag=True, help="No progress.")
+@terminal.json_option
 def command(
-    models: Annotated[Path, typer.Option(help="Folder of the shipped checkpoints.")] = Path("models"),
-    output: Annotated[Path, typer.Option("-o", "--output", help="Where bundles and results go.")] = Path("demo"),
-    seed: Annotated[int, typer.Option(help="Same seed, same pictures.")] = 0,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
-    json: Annotated[bool, terminal.JSON] = False,
+    models: Path,
+    output: Path,
+    seed: int,
+    quiet: bool,
+    json: bool,
 ) -> None:
     """Export the shipped checkpoints (what is up to date is reused) and run both tasks."""
 
@@ -153,6 +172,6 @@ def _show(output: Path, summary: dict[str, Any]) -> None:
     rows = [(prompt, *(times[prompt, steps] for steps in STEPS)) for prompt in PICTURES]
     terminal.table("pictures (128 px)", ("prompt", *(f"{steps} steps" for steps in STEPS)), rows)
     code = summary["code"]
-    typer.echo(f"completed code ({code['tokens']} tokens, {code['tokens_per_second']} tokens/s):\n")
-    typer.echo(code["prompt"] + code["completion"])
-    typer.echo(f"\npictures: {output}/sheet.png and one file per prompt; figures: {output}/summary.json")
+    click.echo(f"completed code ({code['tokens']} tokens, {code['tokens_per_second']} tokens/s):\n")
+    click.echo(code["prompt"] + code["completion"])
+    click.echo(f"\npictures: {output}/sheet.png and one file per prompt; figures: {output}/summary.json")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import platform
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
+import click
 
 from edgekit.cli import terminal
 
@@ -17,10 +17,14 @@ PACKAGES = {
 }
 
 
+@click.command()
+@click.option("--bundle", type=click.Path(path_type=Path), help="Also open this bundle's graphs.")
+@click.option("--device", default="cpu", show_default=True, help="Device to open them on.")
+@terminal.json_option
 def command(
-    bundle: Annotated[Path | None, typer.Option(help="Also open this bundle's graphs.")] = None,
-    device: Annotated[str, typer.Option(help="Device to open them on.")] = "cpu",
-    json: Annotated[bool, terminal.JSON] = False,
+    bundle: Path | None,
+    device: str,
+    json: bool,
 ) -> None:
     """Print versions, providers, devices and conflicts; exit 4 if something cannot work."""
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
+import click
 
 from edgekit.cli import terminal
 
@@ -15,20 +15,34 @@ if TYPE_CHECKING:
     from edgekit.export.plan import ExportPlan
 
 
+@click.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The bundle to write.")
+@click.option("--task", help="Refuse a source of another task.")
+@click.option("--family", help="Exporter to use; read from the source by default.")
+@click.option("--device", default="cpu", show_default=True, help="Target: cpu, cuda, openvino, trt or trt-rtx.")
+@click.option("--precision", default="fp32", show_default=True, help="fp32, fp16, int8 or int4.")
+@click.option("--lora", multiple=True, help="LoRA to fold in first, FILE[:SCALE]. Repeatable.")
+@click.option("--steps", type=int, help="Default step count written into the bundle.")
+@click.option("--max-memory", help="Hard cap of the export's memory, e.g. 8GB.")
+@click.option("--dry-run", is_flag=True, help="Say what it would make and cost; write nothing.")
+@click.option("--force", is_flag=True, help="Replace a different bundle of this name.")
+@click.option("--quiet", is_flag=True, help="No progress.")
+@terminal.json_option
 def command(
-    source: Annotated[Path, typer.Argument(help="Folder that transformers or diffusers saved.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="The bundle to write.")],
-    task: Annotated[str | None, typer.Option(help="Refuse a source of another task.")] = None,
-    family: Annotated[str | None, typer.Option(help="Exporter to use; read from the source by default.")] = None,
-    device: Annotated[str, typer.Option(help="Target: cpu, cuda, openvino, trt or trt-rtx.")] = "cpu",
-    precision: Annotated[str, typer.Option(help="fp32, fp16, int8 or int4.")] = "fp32",
-    lora: Annotated[list[str] | None, typer.Option(help="LoRA to fold in first, FILE[:SCALE]. Repeatable.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Default step count written into the bundle.")] = None,
-    max_memory: Annotated[str | None, typer.Option(help="Hard cap of the export's memory, e.g. 8GB.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would make and cost; write nothing.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace a different bundle of this name.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
-    json: Annotated[bool, terminal.JSON] = False,
+    source: Path,
+    output: Path,
+    task: str | None,
+    family: str | None,
+    device: str,
+    precision: str,
+    lora: tuple[str, ...],
+    steps: int | None,
+    max_memory: str | None,
+    dry_run: bool,
+    force: bool,
+    quiet: bool,
+    json: bool,
 ) -> None:
     """Compile a model folder into a bundle, checked against its source and written atomically."""
 
@@ -42,7 +56,7 @@ def command(
             precision=precision,
             family=family,
             task=task,
-            loras=tuple(parse_lora(text) for text in lora or ()),
+            loras=tuple(parse_lora(text) for text in lora),
             steps=steps,
             max_memory=None if max_memory is None else terminal.parse_bytes(max_memory),
             overwrite=force,
@@ -116,6 +130,6 @@ def _show_plan(plan: ExportPlan, *, as_json: bool) -> None:
         f"{plan.family} ({plan.task}) at {plan.precision}: nothing was written", ("part", "weights", "inputs"), rows
     )
     seconds = "" if plan.seconds is None else f", about {plan.seconds:.0f} s"
-    typer.echo(f"bundle {terminal.size(plan.disk_bytes)}, peak memory {terminal.size(plan.peak_bytes)}{seconds}")
+    click.echo(f"bundle {terminal.size(plan.disk_bytes)}, peak memory {terminal.size(plan.peak_bytes)}{seconds}")
     for line in plan.notes:
-        typer.echo(f"note: {line}")
+        click.echo(f"note: {line}")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
+import click
 
 from edgekit.cli import terminal
 
@@ -13,10 +13,14 @@ if TYPE_CHECKING:
     from edgekit.bundle.manifest import Manifest
 
 
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--verify/--no-verify", default=True, show_default=True, help="Check every file's sha256.")
+@terminal.json_option
 def command(
-    bundle: Annotated[Path, typer.Argument(help="A bundle folder or .zip.")],
-    verify: Annotated[bool, typer.Option(help="Check every file's sha256.")] = True,
-    json: Annotated[bool, terminal.JSON] = False,
+    bundle: Path,
+    verify: bool,
+    json: bool,
 ) -> None:
     """Print parts, sizes, recipe, legal steps, precision and provenance of a bundle."""
 
@@ -38,7 +42,7 @@ def command(
 def _show(path: Path, manifest: Manifest, *, verified: bool) -> None:
     total = sum(file.bytes for file in manifest.files)
     check = "every hash verified" if verified else "hashes not checked"
-    typer.echo(f"{path}: {manifest.task}, family {manifest.family}, {terminal.size(total)}, {check}\n")
+    click.echo(f"{path}: {manifest.task}, family {manifest.family}, {terminal.size(total)}, {check}\n")
     _show_parts(manifest)
     if manifest.recipe is not None:
         _show_recipe(manifest)

@@ -7,9 +7,9 @@ import os
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
+import click
 
 from edgekit.cli import terminal
 
@@ -36,38 +36,77 @@ class Asked:
     system: str | None
 
 
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("-p", "--prompt", help="What to make; - reads stdin.")
+@click.option("--prompt-file", type=click.Path(path_type=Path), help="Read the prompt from a file.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="PNG (image) or text file to write.")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:N, or auto.")
+@click.option(
+    "--threads",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Engine threads; 0 leaves the choice to the engine.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same result.")
+@click.option("--system", help="System message; implies --chat.")
+@click.option("--chat", is_flag=True, help="Use the chat template.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Longest answer.")
+@click.option("--temperature", type=float, help="0 is greedy.")
+@click.option("--top-k", type=int, help="Keep the K best tokens; 0 keeps all.")
+@click.option("--top-p", type=float, help="Keep the best tokens up to this probability.")
+@click.option("--min-p", type=float, help="Keep tokens this probable against the best.")
+@click.option("--repetition-penalty", type=float, help="Over 1 repeats less.")
+@click.option("--stop", multiple=True, help="End before this. Repeatable.")
+@click.option("--steps", type=int, help="One of the legal counts.")
+@click.option("--negative", default="", help="What not to make.")
+@click.option("--guidance", type=float, help="Guidance scale.")
+@click.option("--width", type=int, help="Pixels.")
+@click.option("--height", type=int, help="Pixels.")
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Pictures to make.")
+@click.option("--image", type=click.Path(path_type=Path), help="Start from this picture.")
+@click.option("--strength", type=float, help="How much of it to redraw.")
+@click.option("--seed-mode", default="philox", show_default=True, help="philox or torch-cpu.")
+@click.option("--stats", is_flag=True, help="Print times and counts.")
+@terminal.json_option
+@click.option("--quiet", is_flag=True, help="Only the result.")
+@click.option("--verify/--no-verify", default=True, show_default=True, help="Check every file's sha256 first.")
 def command(
-    bundle: Annotated[Path, typer.Argument(help="A bundle folder or .zip.")],
-    prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="What to make; - reads stdin.")] = None,
-    prompt_file: Annotated[Path | None, typer.Option(help="Read the prompt from a file.")] = None,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="PNG (image) or text file to write.")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto.")] = "cpu",
-    threads: Annotated[int, typer.Option(min=0, help="Engine threads; 0 leaves the choice to the engine.")] = 0,
-    seed: Annotated[int, typer.Option(help="Same seed, same result.")] = 0,
-    system: Annotated[str | None, typer.Option(help="System message; implies --chat.")] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Use the chat template.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
-    temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Keep the K best tokens; 0 keeps all.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Keep the best tokens up to this probability.")] = None,
-    min_p: Annotated[float | None, typer.Option(help="Keep tokens this probable against the best.")] = None,
-    repetition_penalty: Annotated[float | None, typer.Option(help="Over 1 repeats less.")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="End before this. Repeatable.")] = None,
-    steps: Annotated[int | None, typer.Option(help="One of the legal counts.")] = None,
-    negative: Annotated[str, typer.Option(help="What not to make.")] = "",
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Pictures to make.")] = 1,
-    image: Annotated[Path | None, typer.Option(help="Start from this picture.")] = None,
-    strength: Annotated[float | None, typer.Option(help="How much of it to redraw.")] = None,
-    seed_mode: Annotated[str, typer.Option(help="philox or torch-cpu.")] = "philox",
-    stats: Annotated[bool, typer.Option("--stats", help="Print times and counts.")] = False,
-    json: Annotated[bool, terminal.JSON] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Only the result.")] = False,
-    verify: Annotated[bool, typer.Option(help="Check every file's sha256 first.")] = True,
+    bundle: Path,
+    prompt: str | None,
+    prompt_file: Path | None,
+    output: Path | None,
+    device: str,
+    threads: int,
+    seed: int,
+    system: str | None,
+    chat: bool,
+    max_new_tokens: int,
+    temperature: float | None,
+    top_k: int | None,
+    top_p: float | None,
+    min_p: float | None,
+    repetition_penalty: float | None,
+    stop: tuple[str, ...],
+    steps: int | None,
+    negative: str,
+    guidance: float | None,
+    width: int | None,
+    height: int | None,
+    batch: int,
+    image: Path | None,
+    strength: float | None,
+    seed_mode: str,
+    stats: bool,
+    json: bool,
+    quiet: bool,
+    verify: bool,
 ) -> None:
-    """Run a bundle, without torch."""
+    """Run a bundle, without torch.
+
+    Text bundles take the options from --system to --stop, image bundles those from --steps to --seed-mode.
+    """
     text = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
@@ -75,7 +114,7 @@ def command(
         "top_p": top_p,
         "min_p": min_p,
         "repetition_penalty": repetition_penalty,
-        "stop": tuple(stop or ()),
+        "stop": stop,
     }
     pixels = {
         "steps": steps,
@@ -214,7 +253,7 @@ def _run_image(model: ImagePipeline, asked: Asked) -> None:
         terminal.show_json({"task": model.task, **facts})
         return
     for path in files:
-        typer.echo(path)
+        click.echo(path)
     if asked.stats:
         _show_stats(asdict(result.stats))
 

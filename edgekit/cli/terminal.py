@@ -15,14 +15,14 @@ from contextlib import contextmanager, suppress
 from decimal import Decimal
 from typing import Any
 
-import typer
+import click
 
 from edgekit.errors import BadRequest, EdgekitError
 
 SCHEMA_VERSION = 1
 INTERRUPTED = 130
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-JSON = typer.Option("--json", help="One JSON object on stdout.")
+json_option = click.option("--json", is_flag=True, help="One JSON object on stdout.")
 Report = Callable[[str, float], None]  # (what is being done, fraction done)
 UNUSABLE = {  # what the system says of a path that the request should not have named
     *(errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS),

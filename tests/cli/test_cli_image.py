@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -25,14 +26,16 @@ def test_a_picture_comes_with_its_recipe(edgekit: Run, image_bundle: Path, tmp_p
 
 
 def test_a_batch_writes_one_file_per_picture(edgekit: Run, image_bundle: Path, tmp_path: Path) -> None:
-    """Picture 0 of a batch is the picture made alone; picture 1 is another."""
+    """Picture 0 of a batch is the picture made alone, to the last level of the engine's rounding; 1 is another."""
     alone, batch = tmp_path / "alone.png", tmp_path / "batch.png"
     base = ("run", image_bundle, "--prompt", "pizza", "--steps", 1)
     assert edgekit(*base, "-o", alone).returncode == 0
     done = edgekit(*base, "-o", batch, "--batch", 2, "--json")
     assert [Path(file).name for file in only_json(done)["files"]] == ["batch-0.png", "batch-1.png"]
-    pixels = [Image.open(path).tobytes() for path in (alone, tmp_path / "batch-0.png", tmp_path / "batch-1.png")]
-    assert pixels[0] == pixels[1] != pixels[2]
+    paths = (alone, tmp_path / "batch-0.png", tmp_path / "batch-1.png")
+    one, same, other = (np.asarray(Image.open(path)).astype(int) for path in paths)
+    assert abs(one - same).max() <= 1
+    assert abs(one - other).max() > 50
 
 
 CASES = {

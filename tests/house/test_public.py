@@ -126,7 +126,7 @@ def test_exit_codes_are_documented() -> None:
         6: "network",
         130: "interrupted",
     }
-    help_text = " ".join(str(main.app.info.epilog).split())
+    help_text = " ".join(str(main.app.epilog).split())
     assert [code for code, word in words.items() if f"{code} {word}" not in help_text] == []
     assert {value.exit_code for value in CLASSES.values()} <= set(words)
 
