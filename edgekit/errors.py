@@ -1,31 +1,31 @@
 """Every exception edgekit raises on purpose, drawn once. A class owns the exit code of the command it ends.
 
-    EdgekitError                     1   anything that is not one of these is a defect of ours
-      UsageError                     2   the request cannot be meant
-        IllegalSteps                     steps outside the bundle's few-step contract
-        BadRequest                       any other option out of its range, or one the bundle cannot honour
-        UnknownFamily                    no exporter for this kind of model
-        UnsupportedModel                 a known family with a feature the exporter refuses by name
-        BadSource                        a model folder that is incomplete or malformed
-      GateFailed                     3   the result was made and is not good enough
-        ParityFailed                     an exported part does not answer like its source
-      DeviceError                    4   the machine cannot do it
-        UnknownDevice                    no backend has this name
-        DeviceMissing                    the backend is not installed, or gave another device than asked
-        MissingPackage                   an optional dependency this work needs is not installed
-        MemoryLimit                      the hard memory cap would be, or was, exceeded
-        SessionFailed                    the inference engine refused a graph or a run
-      BundleError                    5   the bundle is not what it says it is
-        UnknownFormat                    written by another format version
-        BadManifest                      edgekit.json is malformed, or contradicts itself or its graphs
-        BadGraph                         a graph file that is not well-formed ONNX
-        BadArchive                       a zip that is not one plain, stored bundle
-        UnsafePath                       a path that leaves the bundle, or a link
-        MissingFile, ExtraFile           the folder and the manifest disagree
-        WrongSize, WrongHash             a file's bytes are not the declared ones
-        UnfedInput                       a graph input that nothing feeds
-        TableMismatch                    the shipped coefficient table is not the recipe's
-      NetworkError                   6   the other side did not answer
+EdgekitError                     1   anything that is not one of these is a defect of ours
+  UsageError                     2   the request cannot be meant
+    IllegalSteps                     steps outside the bundle's few-step contract
+    BadRequest                       any other option out of its range, or one the bundle cannot honour
+    UnknownFamily                    no exporter for this kind of model
+    UnsupportedModel                 a known family with a feature the exporter refuses by name
+    BadSource                        a model folder that is incomplete or malformed
+  GateFailed                     3   the result was made and is not good enough
+    ParityFailed                     an exported part does not answer like its source
+  DeviceError                    4   the machine cannot do it
+    UnknownDevice                    no backend has this name
+    DeviceMissing                    the backend is not installed, or gave another device than asked
+    MissingPackage                   an optional dependency this work needs is not installed
+    MemoryLimit                      the hard memory cap would be, or was, exceeded
+    SessionFailed                    the inference engine refused a graph or a run
+  BundleError                    5   the bundle is not what it says it is
+    UnknownFormat                    written by another format version
+    BadManifest                      edgekit.json is malformed, or contradicts itself or its graphs
+    BadGraph                         a graph file that is not well-formed ONNX
+    BadArchive                       a zip that is not one plain, stored bundle
+    UnsafePath                       a path that leaves the bundle, or a link
+    MissingFile, ExtraFile           the folder and the manifest disagree
+    WrongSize, WrongHash             a file's bytes are not the declared ones
+    UnfedInput                       a graph input that nothing feeds
+    TableMismatch                    the shipped coefficient table is not the recipe's
+  NetworkError                   6   the other side did not answer
 """
 
 
