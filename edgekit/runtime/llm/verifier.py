@@ -102,10 +102,13 @@ class LocalVerifier:
         """
         if not tokens or tree.tokens[0] != tokens[-1]:
             raise BadRequest(f"a tree hangs from the last token of the text; the text ends {tokens[-3:]}, {tree=}")
-        self.rollback(self.shared(tokens))
-        lead = tokens[len(self._cached) : -1]
+        same = self.shared(tokens)
+        if same < len(self._cached):
+            self.rollback(same)
+        self._pending = None
+        lead = tokens[same:-1]
         self._check((*lead, *tree.tokens))
-        self._kv.reserve(len(tokens) - 1 + len(tree), len(self._cached))
+        self._kv.reserve(len(tokens) - 1 + len(tree), same)
         while lead and len(lead) + len(tree) > self._chunk:
             piece, lead = lead[: self._chunk], lead[self._chunk :]
             self._run(TokenTree.chain(piece[0], piece[1:]), wanted=1)
