@@ -170,7 +170,7 @@ def _show(output: Path, summary: dict[str, Any]) -> None:
     terminal.table("exported", ("bundle", "size", "time"), bundles)
     times = {(row["prompt"], row["steps"]): f"{row['milliseconds']:.0f} ms" for row in summary["pictures"]}
     rows = [(prompt, *(times[prompt, steps] for steps in STEPS)) for prompt in PICTURES]
-    terminal.table("pictures (128 px)", ("prompt", *(f"{steps} steps" for steps in STEPS)), rows)
+    terminal.table("pictures (128 px)", ("prompt", *(f"{steps} step{'s' * (steps > 1)}" for steps in STEPS)), rows)
     code = summary["code"]
     click.echo(f"completed code ({code['tokens']} tokens, {code['tokens_per_second']} tokens/s):\n")
     click.echo(code["prompt"] + code["completion"])

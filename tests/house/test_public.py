@@ -66,7 +66,7 @@ def test_test_files_have_unique_names() -> None:
 CLASSES = {
     name: value for name, value in inspect.getmembers(errors, inspect.isclass) if value.__module__ == errors.__name__
 }
-DRAWN_ROW = re.compile(r"^(?P<indent> +)(?P<names>[A-Z]\w+(?:, [A-Z]\w+)*) +(?P<code>\d+)? *(?P<words>\S.*)$")
+DRAWN_ROW = re.compile(r"^(?P<indent> *)(?P<names>[A-Z]\w+(?:, [A-Z]\w+)*) {2,}(?P<code>\d+)? *(?P<words>\S.*)$")
 
 
 def drawn() -> dict[str, tuple[str | None, int | None]]:

@@ -8,15 +8,13 @@ sampling, after Daliri, Musco and Suresh 2024, arXiv:2408.07978; greedy decoding
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from edgekit.runtime.backends import Array
 from edgekit.runtime.llm.tree import TokenTree
 
 
-@dataclass(frozen=True, slots=True)
-class Accepted:
+class Accepted(NamedTuple):
     """One step: the nodes walked, root first, and the tokens they add to the text.
 
     `tokens` holds one token per node of `path`: the tokens of `path[1:]`, then the one drawn at its end.

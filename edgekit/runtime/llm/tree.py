@@ -29,6 +29,8 @@ class TokenTree:
                 f"a token tree of {len(self.tokens)} tokens has parents {self.parents[:8]}; it needs one parent per "
                 "token, the first of them -1"
             )
+        if len(self.tokens) == 1:
+            return  # every token of ordinary decoding comes by here
         children = set()
         for node, (token, parent) in enumerate(zip(self.tokens[1:], self.parents[1:], strict=True), start=1):
             if not 0 <= parent < node:

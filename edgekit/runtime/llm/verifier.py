@@ -7,9 +7,8 @@ taking over from somebody else are one path.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import takewhile
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -21,11 +20,11 @@ from edgekit.runtime.llm.kv import KVCache
 from edgekit.runtime.llm.tree import TokenTree
 
 CHUNK = 512  # tokens per prefill run: large enough for matrix products, small enough for the bias to stay small
+ROOT_ALONE = (0,)
 FEW = 64  # up to this many rows the id buffers are kept between runs
 
 
-@dataclass(frozen=True, slots=True)
-class Scores:
+class Scores(NamedTuple):
     """What the model says after each node: `logits`, float32 (nodes, vocabulary), valid until the next `score`."""
 
     logits: Array
@@ -128,6 +127,10 @@ class LocalVerifier:
             BadRequest: there is no scored tree, or `path` is no path of it.
         """
         tree, base = self._pending, len(self._cached)
+        if tree is not None and path == ROOT_ALONE:  # every token of ordinary decoding: nothing to check or to move
+            self._cached += tree.tokens[:1]
+            self._pending = None
+            return
         if tree is None or tuple(tree.parents[node] for node in path) != (-1, *path[:-1]):
             raise BadRequest(f"{tuple(path)} is no path from the root of the tree scored last ({tree})")
         if tuple(path) != tuple(range(len(path))):

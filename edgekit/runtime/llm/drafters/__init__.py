@@ -28,7 +28,7 @@ class NoDraft:
 
     def propose(self, tokens: tuple[int, ...]) -> TokenTree:
         """The root alone."""
-        return TokenTree.chain(tokens[-1])
+        return TokenTree(tokens[-1:], (-1,))
 
     def observe(self, step: Accepted, scores: Scores) -> None:
         """Nothing to learn."""
