@@ -12,8 +12,8 @@ from edgekit.cli import terminal
 
 PACKAGES = {
     "runtime": ("numpy", "msgspec", "tokenizers", "jinja2", "pillow", "onnxruntime", "onnxruntime-gpu"),
-    "export": ("onnx", "onnx-ir", "ml-dtypes", "safetensors"),
-    "torch": ("torch", "transformers", "diffusers", "onnxscript", "peft"),
+    "export": ("onnx", "onnx-ir", "ml-dtypes"),
+    "torch": ("torch", "transformers", "diffusers", "safetensors", "onnxscript", "peft"),
 }
 
 

@@ -12,24 +12,14 @@ from typing import Any
 import torch
 
 from training.emoji.data import FAMILIES, Glyph
+from training.emoji.evaluate import DEMO
 from training.emoji.teacher import SEED
 
 STAGES = ("teacher", "student", "upscaler")
 PYTHON_PACKAGES = ("torch", "diffusers", "transformers", "tokenizers", "safetensors", "numpy", "pillow")
 DEBIAN_PACKAGES = ("fonts-noto-color-emoji", "unicode-cldr-core")
 DEFAULT_STEPS = 4
-PROMPTS = (
-    "red apple",
-    "dog face",
-    "rocket",
-    "pizza",
-    "sun",
-    "cat face",
-    "tulip",
-    "snowman",
-    "red heart",
-    "fire engine",
-)
+PROMPTS = DEMO[:10]
 
 
 def stage_record(work: Path) -> dict[str, Any]:
