@@ -1,4 +1,4 @@
-"""`edgekit export --lora` end to end: the command, a file on disk, and the picture of diffusers with the adapter fused."""
+"""`edgekit export --lora` end to end: the picture is that of diffusers with the adapter fused."""
 
 from __future__ import annotations
 
