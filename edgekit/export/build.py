@@ -189,7 +189,7 @@ def _require(source: Source) -> None:
     if missing:
         raise MissingPackage(
             f"exporting a {source.kind} model needs {', '.join(missing)}; install edgekit[{extra}] on the machine that "
-            f"exports (the device that runs the bundle needs neither)"
+            f"exports (the device that runs the bundle needs none of it)"
         )
 
 
