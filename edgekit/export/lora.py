@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekit.errors import BadSource, UnsupportedModel
-from edgekit.export.families.weights import read_header
+from edgekit.export.headers import read_header
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -69,9 +69,7 @@ def adapters(path: Path) -> tuple[Adapter, ...]:
     """
     groups: dict[tuple[str, str], dict[str, str]] = {}
     unknown = []
-    for key in read_header(path):
-        if key == "__metadata__":
-            continue
+    for key in read_header(path).entries:
         parsed = _parse(key)
         if parsed is None:
             other = [kind for kind in OTHER_KINDS if kind in key]
@@ -178,7 +176,7 @@ class _Declared:
 
 
 def _declared(path: Path, component: str) -> _Declared:
-    metadata = read_header(path).get("__metadata__", {})
+    metadata = read_header(path).metadata
     try:
         config: dict[str, Any] = json.loads(metadata.get("lora_adapter_metadata", "{}"))
     except ValueError as why:

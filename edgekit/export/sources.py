@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -63,8 +65,27 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as why:
         raise BadSource(f"{path} is missing; is the download complete?") from why
-    except (OSError, ValueError, RecursionError) as why:
-        raise BadSource(f"{path}: {why}") from why
+    except OSError as why:
+        raise BadSource(f"{path} cannot be read: {why.strerror}") from why
+    except (ValueError, RecursionError) as why:
+        raise BadSource(f"{path} is not JSON ({why}); is the download complete?") from why
     if not isinstance(value, dict):
-        raise BadSource(f"{path} holds {type(value).__name__}, not an object")
+        raise BadSource(f"{path} must hold one JSON object, not {type(value).__name__}")
     return value
+
+
+def read_json_if_any(path: Path) -> dict[str, Any]:
+    """One JSON object; an absent file is an empty one. Raises BadSource."""
+    return read_json(path) if path.is_file() else {}
+
+
+def stated_licence(root: Path, config: Mapping[str, Any]) -> str:
+    """As the model card's front matter or the configuration states it; "unknown" otherwise."""
+    card = root / "README.md"
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    front = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
+    fields = dict(re.findall(r"^(license\w*):\s*[\"']?([^\"'\n]+?)[\"']?\s*$", front[1], re.MULTILINE)) if front else {}
+    stated = fields.get("license", config.get("license"))
+    if stated == "other":
+        stated = fields.get("license_name", fields.get("license_link", stated))
+    return stated if isinstance(stated, str) and stated else "unknown"

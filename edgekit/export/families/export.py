@@ -20,7 +20,7 @@ from edgekit.export.families import Family, PartJob, family_of
 from edgekit.export.families import weights as stored
 from edgekit.export.families.tokenizers import write_tokenizer
 from edgekit.export.plan import ExportPlan, PartPlan
-from edgekit.export.sources import Source
+from edgekit.export.sources import Source, stated_licence
 from edgekit.export.worker import Event, Lora, Task, run_task
 
 Progress = Callable[[str, float], None]
@@ -250,7 +250,7 @@ def _provenance(source: Source, options: DiffusionOptions) -> Provenance:
     return Provenance(
         source=source.root.resolve().name,
         source_sha256=sha256_tree(source.root),
-        licence=_licence(source.root),
+        licence=stated_licence(source.root, source.index),
         tools=_tools(),
         loras=tuple(
             f"{Path(each.path).name} sha256:{sha256_file(Path(each.path))} x{each.scale:g}" for each in options.loras
@@ -263,20 +263,3 @@ def _tools() -> dict[str, str]:
 
     names = ("torch", "diffusers", "transformers", "onnxscript", "onnx-ir", "onnxruntime")
     return {"edgekit": __version__, **{name: version(name) for name in names}}
-
-
-def _licence(root: Path) -> str:
-    """The `license` of a model card's front matter."""
-    card = root / "README.md"
-    if not card.is_file():
-        return "unknown"
-    lines = card.read_text(encoding="utf-8", errors="replace").splitlines()
-    if not lines or lines[0].strip() != "---":
-        return "unknown"
-    for line in lines[1:]:
-        key, _, value = line.partition(":")
-        if key.strip() in ("license", "licence") and value.strip():
-            return value.strip().strip("'\"")
-        if line.strip() == "---":
-            break
-    return "unknown"

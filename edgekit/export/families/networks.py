@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from edgekit.errors import BadSource
-from edgekit.export.families.weights import HEADER_START, read_header, variant_of, weight_files
+from edgekit.export.families.weights import variant_of, weight_files
+from edgekit.export.headers import read_header
 from edgekit.export.sources import read_json
 
 STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
@@ -55,17 +56,11 @@ def _streamed_unet(folder: Path) -> Any:
 
 def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of a safetensors file in float32, each read when asked for and then let go."""
-    header = read_header(path)
-    header.pop("__metadata__", None)
-    with path.open("rb") as file:
-        start = HEADER_START + int.from_bytes(file.read(HEADER_START), "little")
-        for name, info in header.items():
-            begin, end = info["data_offsets"]
-            file.seek(start + begin)
-            raw = np.fromfile(file, np.uint8, end - begin)
-            if info["dtype"] not in STORED or len(raw) != end - begin:
-                raise BadSource(f"{path}: {name} is {info['dtype']} in {len(raw)} bytes; is the download complete?")
-            yield name, torch.from_numpy(raw).view(STORED[info["dtype"]]).reshape(info["shape"]).to(torch.float32)
+    for name, entry in read_header(path).entries.items():
+        if entry.dtype not in STORED:
+            raise BadSource(f"{path}: {name} is stored as {entry.dtype}; weights must be {', '.join(STORED)}")
+        raw = np.fromfile(path, np.uint8, entry.nbytes, offset=entry.offset)
+        yield name, torch.from_numpy(raw).view(STORED[entry.dtype]).reshape(entry.shape).to(torch.float32)
 
 
 def _clip(name: str, folder: Path) -> Any:

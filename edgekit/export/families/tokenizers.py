@@ -8,7 +8,7 @@ from typing import Any
 from edgekit.bundle.manifest import Tokenizer
 from edgekit.errors import BadSource, UnsupportedModel
 from edgekit.export.families import PromptTokenizer
-from edgekit.export.sources import Source, read_json
+from edgekit.export.sources import Source, read_json_if_any
 from edgekit.runtime.tokenizer import fingerprint
 
 CLIP_CLASSES = ("CLIPTokenizer", "CLIPTokenizerFast")
@@ -33,7 +33,7 @@ def write_tokenizer(source: Source, asked: PromptTokenizer, target: Path, root: 
     from tokenizers import Tokenizer as Fast
 
     folder = source.root / asked.folder
-    config = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+    config = read_json_if_any(folder / "tokenizer_config.json")
     try:
         if (folder / "tokenizer.json").is_file():
             tokenizer = Fast.from_file(str(folder / "tokenizer.json"))
@@ -93,8 +93,7 @@ def _length(config: dict[str, Any], positions: int) -> int:
 
 def _pad(folder: Path, config: dict[str, Any], tokenizer: Any) -> tuple[str, int]:
     """The padding token and its id: from the config, the special tokens, or the tokenizer.json itself."""
-    special = folder / "special_tokens_map.json"
-    token = config.get("pad_token") or (read_json(special).get("pad_token") if special.is_file() else None)
+    token = config.get("pad_token") or read_json_if_any(folder / "special_tokens_map.json").get("pad_token")
     if isinstance(token, dict):
         token = token.get("content")
     if token is None and tokenizer.padding is not None:

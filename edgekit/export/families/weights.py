@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
-import struct
 from pathlib import Path
-from typing import Any
 
 from edgekit.errors import BadSource
+from edgekit.export.headers import read_header
 from edgekit.export.sources import read_json
 
 STEMS = ("diffusion_pytorch_model", "model")
 VARIANTS = (None, "fp16")  # full precision first: half is upcast, and only where it is all there is
-HEADER_START = 8  # bytes of the header's own length
-HEADER_LIMIT = 100 * 2**20
 
 
 def variant_of(folder: Path) -> str | None:
@@ -46,35 +42,8 @@ def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     Raises:
         BadSource: no weights, or a header that is not safetensors'.
     """
-    found: dict[str, tuple[int, ...]] = {}
-    for path in weight_files(folder):
-        header = read_header(path)
-        found |= {name: tuple(info["shape"]) for name, info in header.items() if name != "__metadata__"}
-    return found
-
-
-def read_header(path: Path) -> dict[str, Any]:
-    """The JSON header of a safetensors file: its length as a little-endian uint64, then that many bytes.
-
-    Raises:
-        BadSource: shorter or longer than any header, or not one.
-    """
-    try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(HEADER_START))
-            if length > HEADER_LIMIT:
-                raise BadSource(f"{path}: a header of {length:,} bytes; this is not a safetensors file")
-            raw = file.read(length)
-        if len(raw) != length:
-            raise ValueError(f"its header has {length:,} bytes, of which {len(raw):,} are there")
-        header = json.loads(raw)
-        if not all(
-            isinstance(info, dict) and (name == "__metadata__" or "shape" in info) for name, info in header.items()
-        ):
-            raise ValueError("entries without a shape")
-    except (OSError, ValueError, AttributeError, RecursionError, struct.error) as why:
-        raise BadSource(f"{path} is not a safetensors file: {why}") from why
-    return dict(header)
+    files = weight_files(folder)
+    return {name: entry.shape for path in files for name, entry in read_header(path).entries.items()}
 
 
 def parameters(folder: Path, prefixes: tuple[str, ...]) -> int:

@@ -1,9 +1,7 @@
-"""What stands beside the weights: tokenizer, chat template, sampling defaults, end tokens, licence."""
+"""What stands beside the weights: tokenizer, chat template, sampling defaults, end tokens."""
 
 from __future__ import annotations
 
-import json
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 from edgekit.bundle.manifest import SamplingDefaults, Tokenizer
 from edgekit.errors import BadSource
 from edgekit.export.language.config import Config
+from edgekit.export.sources import read_json_if_any
 from edgekit.runtime.tokenizer import fingerprint
 
 TOKENIZER_FILE = "tokenizer/tokenizer.json"
@@ -26,7 +25,7 @@ def export_tokenizer(source: Path, staging: Path) -> Tokenizer:
     """
     target = staging / TOKENIZER_FILE
     target.parent.mkdir(parents=True, exist_ok=True)
-    settings = read_json(source / "tokenizer_config.json")
+    settings = read_json_if_any(source / "tokenizer_config.json")
     if (source / "tokenizer.json").is_file():
         shutil.copyfile(source / "tokenizer.json", target)
         _check_tokenizer(target)
@@ -51,7 +50,7 @@ def chat_template(source: Path, settings: dict[str, Any]) -> str | None:
     file = source / "chat_template.jinja"
     if file.is_file():
         return file.read_text(encoding="utf-8")
-    template = read_json(source / "chat_template.json").get("chat_template", settings.get("chat_template"))
+    template = read_json_if_any(source / "chat_template.json").get("chat_template", settings.get("chat_template"))
     if isinstance(template, list):
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
         template = named.get("default")
@@ -62,7 +61,7 @@ def chat_template(source: Path, settings: dict[str, Any]) -> str | None:
 
 def sampling_defaults(source: Path) -> SamplingDefaults:
     """What `generation_config.json` states; greedy unless it says `do_sample`."""
-    stated = read_json(source / "generation_config.json")
+    stated = read_json_if_any(source / "generation_config.json")
     if not stated.get("do_sample"):
         return SamplingDefaults(repetition_penalty=_number(stated, "repetition_penalty", 1.0))
     return SamplingDefaults(
@@ -76,7 +75,11 @@ def sampling_defaults(source: Path) -> SamplingDefaults:
 
 def token_ids(source: Path, config: Config) -> tuple[tuple[int, ...], int | None]:
     """End tokens and begin token; `generation_config.json` goes before `config.json` (and its `text_config`)."""
-    stated = (read_json(source / "generation_config.json"), config.values, config.values.get("text_config") or {})
+    stated = (
+        read_json_if_any(source / "generation_config.json"),
+        config.values,
+        config.values.get("text_config") or {},
+    )
     ends, begin = (
         next((values[key] for values in stated if values.get(key) is not None), None)
         for key in ("eos_token_id", "bos_token_id")
@@ -85,31 +88,6 @@ def token_ids(source: Path, config: Config) -> tuple[tuple[int, ...], int | None
     if not all(type(token) is int and token >= 0 for token in (*ends, 0 if begin is None else begin)):
         raise BadSource(f"{source}: token ids must be whole numbers, not {ends} and {begin!r}")
     return tuple(ends), begin
-
-
-def licence(source: Path, config: Config) -> str:
-    """As the model card's front matter or the configuration states it; "unknown" otherwise."""
-    card = source / "README.md"
-    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-    front = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
-    fields = dict(re.findall(r"^(license\w*):\s*[\"']?([^\"'\n]+?)[\"']?\s*$", front[1], re.MULTILINE)) if front else {}
-    stated = fields.get("license", config.values.get("license"))
-    if stated == "other":
-        stated = fields.get("license_name", fields.get("license_link", stated))
-    return stated if isinstance(stated, str) and stated else "unknown"
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """One JSON object; an absent file is an empty one. Raises BadSource."""
-    if not file.is_file():
-        return {}
-    try:
-        value = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as why:
-        raise BadSource(f"{file} is not JSON ({why}). Download it again.") from why
-    if not isinstance(value, dict):
-        raise BadSource(f"{file} must hold one JSON object")
-    return value
 
 
 def _number(values: dict[str, Any], key: str, default: float) -> float:

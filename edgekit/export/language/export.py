@@ -34,6 +34,7 @@ from edgekit.export.language.graph import Decoder, DialectOps
 from edgekit.export.language.spec import Spec
 from edgekit.export.language.weights import Checkpoint
 from edgekit.export.plan import ExportPlan, PartPlan
+from edgekit.export.sources import stated_licence
 from edgekit.quant.precision import Precision, get_precision
 
 Dialect = Literal["ort", "std"]
@@ -146,7 +147,7 @@ def export_language(
         provenance=Provenance(
             source=source.resolve().name,
             source_sha256=_fingerprint(compiled.checkpoint, progress),
-            licence=assets.licence(source, compiled.config),
+            licence=stated_licence(source, compiled.config.values),
             tools={name: version(name) for name in ("onnx-ir", "numpy")},
         ),
         precision=PrecisionRecord(requested=precision),

@@ -1,15 +1,12 @@
 """Lazy reading of safetensors checkpoints, one file or sharded.
 
-Only headers are read when a checkpoint is opened, and they are checked as the format page demands
-(https://github.com/huggingface/safetensors#format): known types, sizes that fit, no holes, no overlaps. A tensor's
-bytes are mapped into memory when it is read, and unmapped when the caller lets go of the array.
+Only headers are read when a checkpoint is opened. A tensor's bytes are mapped into memory when it is read, and unmapped
+when the caller lets go of the array.
 """
 
 from __future__ import annotations
 
 import json
-import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,36 +15,19 @@ import numpy as np
 import numpy.typing as npt
 
 from edgekit.errors import BadSource, UnsupportedModel
+from edgekit.export.headers import Entry, read_header
 
 Array = npt.NDArray[Any]
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-_MAX_HEADER = 100_000_000  # the format's own limit
 
-# Bytes per element of every type the format knows; only FLOATS can be model weights here.
-_ITEM_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2}
-_ITEM_BYTES |= {"I32": 4, "U32": 4, "F32": 4, "F64": 8, "I64": 8, "U64": 8}
+# The stored types that can be model weights here.
 FLOATS: dict[str, np.dtype[Any]] = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """Where one tensor lies: file, absolute offset, element type (safetensors' name) and shape."""
-
-    file: Path
-    offset: int
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in the file."""
-        return math.prod(self.shape) * _ITEM_BYTES[self.dtype]
 
 
 class Checkpoint:
@@ -62,7 +42,7 @@ class Checkpoint:
         self.files = _weight_files(folder)
         self.entries: dict[str, Entry] = {}
         for file in self.files:
-            for name, entry in read_header(file).items():
+            for name, entry in read_header(file).entries.items():
                 if name in self.entries:
                     raise BadSource(f"{file}: tensor {name!r} is also in {self.entries[name].file.name}")
                 self.entries[name] = entry
@@ -123,47 +103,6 @@ class Checkpoint:
         for name, file in _weight_map(index).items():
             if name not in self.entries or self.entries[name].file.name != file:
                 raise BadSource(f"{index}: tensor {name!r} is not in {file}, where the index puts it")
-
-
-def read_header(file: Path) -> dict[str, Entry]:
-    """Every tensor of one safetensors file.
-
-    Raises:
-        BadSource: the file breaks the format, or is shorter than its header says.
-    """
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or not 2 <= length <= min(_MAX_HEADER, size - 8):
-            raise BadSource(f"{file} is not a safetensors file, or is cut short. Download it again.")
-        raw = stream.read(length)
-    try:
-        header = json.loads(raw)
-        header.pop("__metadata__", None)
-        spans = sorted((*_span(value), name) for name, value in header.items())
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as why:
-        raise BadSource(f"{file}: malformed safetensors header ({why}). Download it again.") from why
-    entries, expected = {}, 0
-    for begin, end, name in spans:
-        value = header[name]
-        entry = Entry(file, 8 + length + begin, value["dtype"], tuple(value["shape"]))
-        if begin != expected or end - begin != entry.nbytes:
-            raise BadSource(f"{file}: tensor {name!r} does not fill the bytes its header gives it")
-        entries[name], expected = entry, end
-    if 8 + length + expected != size:
-        raise BadSource(
-            f"{file} has {size:,} bytes, its header describes {8 + length + expected:,}. Download it again."
-        )
-    return entries
-
-
-def _span(value: dict[str, Any]) -> tuple[int, int]:
-    begin, end = value["data_offsets"]
-    if value["dtype"] not in _ITEM_BYTES:
-        raise ValueError(f"unknown type {value['dtype']!r}")
-    if not all(type(n) is int and n >= 0 for n in (begin, end, *value["shape"])):
-        raise ValueError("sizes must be whole and not negative")
-    return begin, end
 
 
 def _weight_map(index: Path) -> dict[str, str]:

@@ -54,17 +54,17 @@ def engine() -> Engine:
 
 
 def choose(wanted: str) -> str:
-    """`auto` becomes the first device the engine lists that really opens; any other name is taken at its word."""
+    """`auto` becomes the first listed device the engine found hardware for; other names are taken at their word."""
     if wanted != "auto":
         return wanted
     for device in engine().devices:
-        if device == "cpu" or _opens(device):
+        if device == "cpu" or _found(device):
             return device
     raise DeviceMissing("the installed onnxruntime lists no device edgekit knows; run `edgekit doctor`")
 
 
-def _opens(device: str) -> bool:
-    """Whether a session really lands on the device: a listed provider may lack its libraries."""
+def _found(device: str) -> bool:
+    """Whether the engine itself reports hardware for the device: a listed provider may lack its libraries."""
     import onnxruntime
 
     try:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
+from edgekit.bundle.files import write_atomically
 from edgekit.errors import BadManifest, BadRequest, SessionFailed
 
 F32 = npt.NDArray[np.float32]
@@ -61,20 +62,11 @@ def save_png(image: Image.Image, path: str | os.PathLike[str], metadata: Mapping
     Raises:
         BadRequest: the folder does not exist. OSError: it cannot be written.
     """
-    target = Path(path)
-    if not target.parent.is_dir():
-        raise BadRequest(f"{target.parent} is not a folder, so {target.name} cannot be written there; make it first")
     info = PngInfo()
     info.add_itxt(METADATA_KEY, json.dumps(metadata, ensure_ascii=False, sort_keys=True))
-    handle, draft = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".png")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            image.save(file, format="PNG", pnginfo=info)
-        os.chmod(draft, 0o666 & ~_umask())
-        os.replace(draft, target)
-    except BaseException:
-        os.unlink(draft)
-        raise
+    content = io.BytesIO()
+    image.save(content, format="PNG", pnginfo=info)
+    write_atomically(Path(path), content.getvalue())
 
 
 def read_png_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -91,10 +83,3 @@ def read_png_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     except (OSError, KeyError, ValueError, SyntaxError) as why:
         raise BadRequest(f"{path} is not a PNG that edgekit wrote: {why}") from why
     return found
-
-
-def _umask() -> int:
-    """The process's file mode mask; reading it means setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -12,7 +12,8 @@ from diffusers import UNet2DConditionModel
 
 from edgekit.errors import BadSource
 from edgekit.export.families.networks import UNet
-from edgekit.export.families.weights import parameters, read_header, shapes, variant_of
+from edgekit.export.families.weights import parameters, shapes, variant_of
+from edgekit.export.headers import read_header
 from tests.export.diffusion.tiny_pipelines import FOREIGN, unet
 
 pytestmark = FOREIGN

@@ -13,6 +13,7 @@ from edgekit.bundle.manifest import SamplingDefaults
 from edgekit.errors import BadSource
 from edgekit.export.language import assets
 from edgekit.export.language.config import Config
+from edgekit.export.sources import stated_licence
 from edgekit.runtime.tokenizer import fingerprint
 from tests.export.language import tiny
 
@@ -195,4 +196,4 @@ def test_licence_is_the_stated_one(card: str | None, config: dict[str, Any], wan
     """The model card's front matter goes first, then the configuration; nothing is guessed."""
     if card is not None:
         (tmp_path / "README.md").write_text(card)
-    assert assets.licence(tmp_path, Config(config, "config.json")) == wanted
+    assert stated_licence(tmp_path, config) == wanted
