@@ -91,6 +91,7 @@ def check_decoding(manifest: Manifest, decoding: Decoding) -> None:
     _require(f"parts.{decoding.part}.outputs", {"logits": "float32"}, outputs)
     _require(f"parts.{decoding.part}.outputs", {f"present.{cache}": kv for cache in caches}, outputs)
     _check_kv_shapes(decoding, part)
+    _check_hidden(decoding, part)
 
 
 def _require(where: str, wanted: Mapping[str, str], there: Mapping[str, str]) -> None:
@@ -108,6 +109,19 @@ def _check_kv_shapes(decoding: Decoding, part: Part) -> None:
             raise BadManifest(
                 f"parts.{decoding.part}: {spec.name} has shape {spec.shape}; decoding.kv says "
                 f"(batch, {decoding.kv.heads}, capacity, {decoding.kv.head_dim})"
+            )
+
+
+def _check_hidden(decoding: Decoding, part: Part) -> None:
+    """Outputs `hidden.k`, which need not be there: float32 (batch, rows, width), k from 1 to the layer count."""
+    legal = {f"hidden.{k}" for k in range(1, decoding.kv.layers + 1)}
+    for spec in part.outputs:
+        if spec.name.startswith("hidden.") and (
+            spec.name not in legal or spec.dtype != "float32" or len(spec.shape) != 3
+        ):
+            raise BadManifest(
+                f"parts.{decoding.part}: {spec.name} is {spec.dtype} {spec.shape}; hidden states are float32 "
+                f"(batch, rows, width), after layer 1 to {decoding.kv.layers}"
             )
 
 

@@ -8,7 +8,7 @@ import sys
 
 import click
 
-from edgekit.cli import demo, doctor, export, inspect, run, terminal
+from edgekit.cli import demo, doctor, export, inspect, pair, run, terminal
 
 CONTEXT = {"auto_envvar_prefix": "EDGEKIT", "help_option_names": ["-h", "--help"], "max_content_width": 100}
 EPILOG = """Every option can be set as EDGEKIT_VERB_OPTION. Exit codes: 0 ok, 1 failure, 2 usage, 3 gate failed,
@@ -17,6 +17,7 @@ VERBS = {
     "export": export.command,
     "run": run.command,
     "inspect": inspect.command,
+    "pair": pair.command,
     "doctor": doctor.command,
     "demo": demo.command,
 }

@@ -21,7 +21,12 @@ if TYPE_CHECKING:
 @click.option("--task", help="Refuse a source of another task.")
 @click.option("--family", help="Exporter to use; read from the source by default.")
 @click.option("--device", default="cpu", show_default=True, help="Target: cpu, cuda, openvino, trt or trt-rtx.")
-@click.option("--precision", default="fp32", show_default=True, help="fp32, fp16, int8 or int4.")
+@click.option(
+    "--precision",
+    default="fp32",
+    show_default=True,
+    help="fp32, fp16, int8, int8-128, int8-row, int4, int4-128, or auto: measure the last five here, take the fastest.",
+)
 @click.option("--lora", multiple=True, help="LoRA to fold in first, FILE[:SCALE]. Repeatable.")
 @click.option("--steps", type=int, help="Default step count written into the bundle.")
 @click.option("--max-memory", help="Hard cap of the export's memory, e.g. 8GB.")
@@ -100,14 +105,20 @@ def _export(request: ExportRequest, *, quiet: bool, as_json: bool) -> None:
         terminal.note(
             f"{request.target} {state}: {facts['task']}, family {facts['family']}, {terminal.size(facts['bytes'])}"
         )
+        if facts["reason"]:
+            terminal.note(facts["reason"])
 
 
 def _facts(manifest: Manifest) -> dict[str, Any]:
+    from edgekit.export.build import PRECISION_NOTE
+
     return {
         "task": manifest.task,
         "family": manifest.family,
         "parts": list(manifest.parts),
         "precision": manifest.precision.requested,
+        "stored": {name: part.precision for name, part in manifest.parts.items()},
+        "reason": manifest.notes.get(PRECISION_NOTE, ""),
         "bytes": sum(file.bytes for file in manifest.files),
     }
 

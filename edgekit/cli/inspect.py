@@ -105,5 +105,7 @@ def _show_record(manifest: Manifest) -> None:
     rows += [("lora", lora) for lora in origin.loras]
     rows += [("made", origin.created)] if origin.created else []
     rows += [("tool", f"{name} {version}") for name, version in origin.tools.items()]
+    rows += [("precision asked", manifest.precision.requested)]
+    rows += [(f"{name} note", text) for name, text in manifest.notes.items()]
     rows += [("gate", f"{gate.what}: {gate.value:.3g} (limit {gate.limit:.3g})") for gate in manifest.precision.gates]
     terminal.table("provenance", ("", ""), rows)

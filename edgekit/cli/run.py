@@ -5,24 +5,26 @@ from __future__ import annotations
 import io
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
-from edgekit.cli import terminal
+from edgekit.cli import run_text, terminal
 
 if TYPE_CHECKING:
     from edgekit.runtime.diffusion.pipeline import ImagePipeline, ImageResult
-    from edgekit.runtime.llm.pipeline import TextPipeline
 
+IMAGE = ("steps", "negative", "guidance", "width", "height", "batch", "image", "strength", "seed_mode")
 OTHER_PICTURES = {".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
 
 
 @dataclass(frozen=True)
 class Asked:
-    """The options of one run; None means the bundle's own default."""
+    """What every kind of run may be asked for."""
 
     prompt: str
     output: Path | None
@@ -30,10 +32,6 @@ class Asked:
     stats: bool
     quiet: bool
     as_json: bool
-    text: dict[str, Any]
-    image: dict[str, Any]
-    chat: bool
-    system: str | None
 
 
 @click.command()
@@ -59,6 +57,14 @@ class Asked:
 @click.option("--min-p", type=float, help="Keep tokens this probable against the best.")
 @click.option("--repetition-penalty", type=float, help="Over 1 repeats less.")
 @click.option("--stop", multiple=True, help="End before this. Repeatable.")
+@click.option(
+    "--draft", default="none", show_default=True, help="auto, none, ngram, lookahead, hybrid, corpus:PATH, or a bundle."
+)
+@click.option("--speculative-config", "speculative", metavar="JSON", help="vLLM's keys; see docs/controller.md.")
+@click.option("--exact", is_flag=True, help="Drafts change no bit of the text, at a few per cent of speed.")
+@click.option("--show-drafts", is_flag=True, help="Colour tokens by the drafter that guessed them.")
+@click.option("--best-of", type=click.IntRange(min=1), default=1, show_default=True, help="Draw N, give the likeliest.")
+@click.option("--prefix-cache", type=click.Path(path_type=Path), help="Load this cache of prompts; save it after.")
 @click.option("--steps", type=int, help="One of the legal counts.")
 @click.option("--negative", default="", help="What not to make.")
 @click.option("--guidance", type=float, help="Guidance scale.")
@@ -72,67 +78,12 @@ class Asked:
 @terminal.json_option
 @click.option("--quiet", is_flag=True, help="Only the result.")
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Check every file's sha256 first.")
-def command(
-    bundle: Path,
-    prompt: str | None,
-    prompt_file: Path | None,
-    output: Path | None,
-    device: str,
-    threads: int,
-    seed: int,
-    system: str | None,
-    chat: bool,
-    max_new_tokens: int,
-    temperature: float | None,
-    top_k: int | None,
-    top_p: float | None,
-    min_p: float | None,
-    repetition_penalty: float | None,
-    stop: tuple[str, ...],
-    steps: int | None,
-    negative: str,
-    guidance: float | None,
-    width: int | None,
-    height: int | None,
-    batch: int,
-    image: Path | None,
-    strength: float | None,
-    seed_mode: str,
-    stats: bool,
-    json: bool,
-    quiet: bool,
-    verify: bool,
-) -> None:
+def command(bundle: Path, json: bool, **options: Any) -> None:
     """Run a bundle, without torch.
 
-    Text bundles take the options from --system to --stop, image bundles those from --steps to --seed-mode.
+    Text bundles take the options from --system to --prefix-cache, image bundles those from --steps to --seed-mode.
     """
-    text = {
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-        "stop": stop,
-    }
-    pixels = {
-        "steps": steps,
-        "negative": negative,
-        "guidance": guidance,
-        "width": width,
-        "height": height,
-        "batch": batch,
-        "image": image,
-        "strength": strength,
-        "seed_mode": seed_mode,
-    }
-
-    def verb() -> None:
-        asked = Asked(read_prompt(prompt, prompt_file), output, seed, stats, quiet, json, text, pixels, chat, system)
-        _run(bundle, asked, device=device, threads=threads, verify=verify)
-
-    terminal.run_verb(verb, as_json=json)
+    terminal.run_verb(lambda: _run(bundle, json, options), as_json=json)
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str:
@@ -157,23 +108,33 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
         raise BadRequest(f"cannot read the prompt: {why}") from why
 
 
-def _run(bundle: Path, asked: Asked, *, device: str, threads: int, verify: bool) -> None:
+def _run(bundle: Path, as_json: bool, options: dict[str, Any]) -> None:
     from edgekit.runtime.backends.devices import choose
     from edgekit.runtime.llm.pipeline import TextPipeline
     from edgekit.runtime.tasks import load
 
-    if asked.output is not None:
-        check_output(asked.output)
-    chosen = choose(device)
-    if device == "auto" and not asked.quiet:
+    prompt = read_prompt(options["prompt"], options["prompt_file"])
+    output: Path | None = options["output"]
+    asked = Asked(prompt, output, options["seed"], options["stats"], options["quiet"], as_json)
+    if output is not None:
+        check_output(output)
+    chosen = choose(options["device"])
+    if options["device"] == "auto" and not asked.quiet:
         terminal.note(f"device: {chosen}")
-    model = load(bundle, device=chosen, threads=threads, verify=verify)
+    setup = run_text.setup(options) if given(run_text.SETUP) else {}
+    model = load(bundle, device=chosen, threads=options["threads"], verify=options["verify"], **setup)
     if isinstance(model, TextPipeline):
-        _refuse_others(asked.image, "image")
-        _run_text(model, asked)
+        _refuse(given(IMAGE), "image")
+        run_text.run(model, asked, {name: options[name] for name in (*run_text.REQUEST, *run_text.SETUP)})
     else:
-        _refuse_others({**asked.text, "chat": asked.chat, "system": asked.system}, "text")
-        _run_image(model, asked)
+        _refuse(given((*run_text.REQUEST, *run_text.SETUP)), "text")
+        _run_image(model, asked, {name: options[name] for name in IMAGE})
+
+
+def given(names: Sequence[str]) -> list[str]:
+    """Those of the named options that somebody set, on the command line or in the environment."""
+    context = click.get_current_context()
+    return [name for name in names if context.get_parameter_source(name) is not ParameterSource.DEFAULT]
 
 
 def check_output(path: Path) -> None:
@@ -192,46 +153,16 @@ def check_output(path: Path) -> None:
         raise BadRequest(f"--output {path}: {path.parent} cannot be written to; choose another folder")
 
 
-def _refuse_others(options: dict[str, Any], of: str) -> None:
+def _refuse(names: Sequence[str], of: str) -> None:
     """An option of another task is a mistake, not something to drop in silence."""
     from edgekit.errors import BadRequest
 
-    defaults: dict[str, Any] = {"max_new_tokens": 256, "batch": 1, "seed_mode": "philox", "negative": "", "stop": ()}
-    for name, value in options.items():
-        if value not in (None, False) and value != defaults.get(name):
-            raise BadRequest(
-                f"--{name.replace('_', '-')} is for {of} models; `edgekit inspect` says what this bundle is"
-            )
+    for name in names:
+        flag = "--speculative-config" if name == "speculative" else f"--{name.replace('_', '-')}"
+        raise BadRequest(f"{flag} is for {of} models; `edgekit inspect` says what this bundle is")
 
 
-def _run_text(model: TextPipeline, asked: Asked) -> None:
-    """Stream to stdout as it comes, or collect for --json and -o."""
-    request = {key: value for key, value in asked.text.items() if value is not None}
-    if asked.chat or asked.system is not None:
-        request["messages"] = [{"role": "user", "content": asked.prompt}]
-        request["system"] = asked.system
-    else:
-        request["prompt"] = asked.prompt
-    if asked.as_json or asked.output is not None:
-        result = model.generate(**request, seed=asked.seed)
-        if asked.output is not None:
-            from edgekit.bundle.files import write_atomically
-
-            write_atomically(asked.output, result.text.encode())
-        if asked.as_json:
-            terminal.show_json({"task": "text-generation", **asdict(result)})
-        stats = result.stats
-    else:
-        for chunk in model.stream(**request, seed=asked.seed):
-            sys.stdout.write(chunk.text)
-            sys.stdout.flush()
-            stats = chunk.stats
-        sys.stdout.write("\n")
-    if asked.stats and not asked.as_json:
-        _show_stats(asdict(stats))
-
-
-def _run_image(model: ImagePipeline, asked: Asked) -> None:
+def _run_image(model: ImagePipeline, asked: Asked, options: dict[str, Any]) -> None:
     """Generate with a bar per step, then write one PNG per picture, each with its recipe inside."""
     from edgekit.errors import BadRequest
 
@@ -239,7 +170,7 @@ def _run_image(model: ImagePipeline, asked: Asked) -> None:
     check_output(target)
     if target.suffix.lower() in OTHER_PICTURES:
         raise BadRequest(f"--output {target}: pictures are written as PNG; name it {target.with_suffix('.png').name}")
-    request = {key: value for key, value in asked.image.items() if value is not None}
+    request = {key: value for key, value in options.items() if value is not None}
     with terminal.progress(quiet=asked.quiet or asked.as_json) as report:
         result = model.generate(
             asked.prompt,
@@ -255,7 +186,7 @@ def _run_image(model: ImagePipeline, asked: Asked) -> None:
     for path in files:
         click.echo(path)
     if asked.stats:
-        _show_stats(asdict(result.stats))
+        terminal.show_figures(asdict(result.stats))
 
 
 def save_all(result: ImageResult, output: Path) -> list[Path]:
@@ -264,12 +195,3 @@ def save_all(result: ImageResult, output: Path) -> list[Path]:
         return [result.save(output)]
     names = [output.with_name(f"{output.stem}-{number}{output.suffix}") for number in range(len(result.images))]
     return [result.save(path, number) for number, path in enumerate(names)]
-
-
-def _show_stats(stats: dict[str, Any]) -> None:
-    """One line per figure, on stderr."""
-    for name, value in stats.items():
-        told = f"{value:.4g}" if isinstance(value, float) else value
-        if isinstance(value, dict):
-            told = ", ".join(f"{key} {part:.4g}" for key, part in value.items())
-        terminal.note(f"{name.replace('_', ' ')}: {told}")

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from decimal import Decimal
 from typing import Any
@@ -143,3 +143,12 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
         console.print(grid)
     sys.stdout.write(text.get())
     sys.stdout.flush()
+
+
+def show_figures(figures: Mapping[str, Any]) -> None:
+    """One line per figure, on stderr."""
+    for name, value in figures.items():
+        told = f"{value:.4g}" if isinstance(value, float) else value
+        if isinstance(value, dict):
+            told = ", ".join(f"{key} {part:.4g}" for key, part in value.items())
+        note(f"{name.replace('_', ' ')}: {told}")

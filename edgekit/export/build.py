@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 
 from edgekit import __version__
-from edgekit.bundle.manifest import MANIFEST_FILE, Manifest
+from edgekit.bundle.manifest import MANIFEST_FILE, Manifest, PrecisionRecord
 from edgekit.bundle.store import new_bundle, read_bundle, sha256_tree
 from edgekit.errors import BadRequest, BundleError, MemoryLimit, MissingPackage, UnknownDevice
 from edgekit.export.memory import memory_cap
 from edgekit.export.plan import ExportPlan
 from edgekit.export.sources import Source, read_source
+from edgekit.quant.precision import AUTO, PRECISIONS
 
 if TYPE_CHECKING:
     from edgekit.export.families.export import DiffusionOptions
@@ -32,6 +33,9 @@ NEEDS = {  # kind of source -> the extra, and the modules it brings
     "language": ("export", ("onnx", "onnx_ir", "ml_dtypes")),
     "diffusion": ("torch", ("torch", "diffusers", "transformers", "onnxscript", "onnx_ir")),
 }
+STAGES = {"reading": (0.0, 0.3), "writing": (0.3, 1.0)}  # of a language export: where each stands on the whole scale
+STAGES_OF_AUTO = {"measuring": (0.0, 0.6), "reading": (0.6, 0.7), "writing": (0.7, 1.0)}
+PRECISION_NOTE = "precision"  # the note of a manifest that says why `auto` took what it took
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,10 @@ class LoraFile:
 
 @dataclass(frozen=True)
 class ExportRequest:
-    """Everything `edgekit export` was asked; two equal requests on equal sources give equal bundles."""
+    """Everything `edgekit export` was asked; two equal requests on equal sources give equal bundles.
+
+    Precision `auto` alone depends on the machine as well: what it chose, and why, is in the manifest.
+    """
 
     source: Path
     target: Path
@@ -83,10 +90,8 @@ def plan(request: ExportRequest) -> ExportPlan:
     source = read_source(request.source)
     _require(source)
     if source.kind == "language":
-        from edgekit.export.language.export import plan_language
-
         _refuse_for_language(request)
-        planned = plan_language(request.source, request.precision, DIALECTS[request.device])
+        planned = _plan_language(request)
     else:
         from edgekit.export.families.export import plan_diffusion
 
@@ -94,6 +99,16 @@ def plan(request: ExportRequest) -> ExportPlan:
     if request.task not in (None, planned.task):
         raise BadRequest(f"--task {request.task}: {request.source} is a {planned.task} model")
     return planned
+
+
+def _plan_language(request: ExportRequest) -> ExportPlan:
+    if request.precision == AUTO:
+        from edgekit.export.language.choose import plan_auto
+
+        return plan_auto(request.source)
+    from edgekit.export.language.export import plan_language
+
+    return plan_language(request.source, request.precision, DIALECTS[request.device])
 
 
 def export(request: ExportRequest, report: Report) -> Manifest:
@@ -147,25 +162,47 @@ def _check_target(request: ExportRequest) -> None:
         raise BadRequest(f"--output {target} is another bundle; choose another name, or replace it with --force")
 
 
-def _in_all(report: Report) -> Report:
-    """A language export's two stages on one scale, so that a bar fed with it never jumps back."""
-    return lambda what, share: report(what, 0.3 * share if what == "reading" else 0.3 + 0.7 * share)
+def _in_all(report: Report, spans: Mapping[str, tuple[float, float]]) -> Report:
+    """Stages on one scale, each from one share of it to another, so that a bar fed with it never jumps back."""
+
+    def in_all(what: str, share: float) -> None:
+        start, end = spans[what]
+        report(what, start + (end - start) * share)
+
+    return in_all
 
 
 def _export_parts(request: ExportRequest, staging: Path, report: Report) -> Manifest:
     """Write graphs and tokenizers under `staging`; the manifest comes back without its file rows."""
     source = read_source(request.source)
     if source.kind == "language":
-        from edgekit.export.language.export import export_language
-
-        dialect = DIALECTS[request.device]
         with memory_cap(request.max_memory):
-            return export_language(
-                request.source, staging, precision=request.precision, dialect=dialect, progress=_in_all(report)
-            )
+            return _export_language(request, staging, report)
     from edgekit.export.families.export import export_diffusion
 
     return export_diffusion(source, staging, options=_diffusion_options(request), progress=report)
+
+
+def _export_language(request: ExportRequest, staging: Path, report: Report) -> Manifest:
+    """With `auto`, the manifest says what was asked, its part what was chosen, and its note why."""
+    from edgekit.export.language.export import export_language
+
+    precision, notes, spans = request.precision, {}, STAGES
+    if precision == AUTO:
+        from edgekit.export.language.choose import choose_precision
+
+        spans = STAGES_OF_AUTO
+        choice = choose_precision(request.source, staging, _in_all(report, spans))
+        precision, notes = choice.precision, {PRECISION_NOTE: choice.reason}
+    manifest = export_language(
+        request.source,
+        staging,
+        precision=precision,
+        dialect=DIALECTS[request.device],
+        progress=_in_all(report, spans),
+    )
+    asked = PrecisionRecord(requested=request.precision)
+    return msgspec.structs.replace(manifest, precision=asked, notes=manifest.notes | notes)
 
 
 def _diffusion_options(request: ExportRequest) -> DiffusionOptions:
@@ -195,6 +232,11 @@ def _require(source: Source) -> None:
 
 def _refuse_for_language(request: ExportRequest) -> None:
     """Options a language model's export does not have are refused, never dropped."""
+    if request.precision == AUTO and request.device != "cpu":
+        raise BadRequest(
+            f"--precision {AUTO} measures on this machine's CPU, which says nothing of --device {request.device}; name "
+            f"one of {', '.join(PRECISIONS)}"
+        )
     if request.loras:
         raise BadRequest("--lora folds into image models; merge a language model's adapter with peft before export")
     if request.steps is not None:

@@ -1,13 +1,18 @@
 """How a weight matrix is stored: bits, packing, unpacking. Numpy only; one row per precision in PRECISIONS.
 
-Block quantization follows ONNX Runtime's `MatMulNBits`, whose own packer this one equals byte for byte: each run of 32
-weights along the input axis shares one float scale,
+Block quantization follows ONNX Runtime's `MatMulNBits`, whose own packer this one equals byte for byte: each run of
+`block` weights along the input axis shares one float scale,
 
     w ~ (code - 2**(bits-1)) * scale,      scale = w_extreme / -2**(bits-1),
 
 where w_extreme is the weight of largest magnitude, with its sign: the end of the code range that reaches further is
 spent on the side that needs it. There is no stored zero point, on purpose: TensorRT takes only symmetric int4, so one
 set of numbers serves both dialects, and a zero point would cost memory traffic in the product that is bound by it.
+
+`int8-row` has one block per output and meets activations that the graph rounds to uint8, one scale per token: a product
+of integers, exact and the same for a token whatever stands beside it (one scale for the whole tensor would mix them).
+Its codes have seven bits, stored in eight, so that engines without VNNI are exact too: they add pairs of products in
+int16, and 2 * 255 * 64 fits.
 """
 
 from __future__ import annotations
@@ -24,7 +29,8 @@ from edgekit.errors import BadRequest
 Array = npt.NDArray[Any]
 Float = Literal["float32", "float16"]
 
-BLOCK = 32
+AUTO = "auto"  # what a user types for "the fastest here": no row of PRECISIONS, the export measures and takes one
+
 _CHUNK = 1 << 17  # weights quantized at a time: the temporaries stay in cache, whatever the matrix
 # Added before cutting off the fraction, it rounds half away from zero; 0.5 itself would lift 0.49999997 to 1.
 _JUST_BELOW_HALF = np.nextafter(np.float32(0.5), np.float32(0))
@@ -34,7 +40,8 @@ _JUST_BELOW_HALF = np.nextafter(np.float32(0.5), np.float32(0))
 class Packed:
     """A stored matrix (N, K). Floats: `values` (N, K), no scales.
 
-    Codes: `values` uint8 (N, blocks, 4 * bits), low nibble first, codes past K are 0; `scales` float32 (N, blocks).
+    Codes: `values` uint8 (N, blocks, block * bits / 8), low nibble first, codes past K are 0, seven bits take a byte;
+    `scales` float32 (N, blocks).
     """
 
     values: Array
@@ -47,12 +54,15 @@ class Precision:
 
     Attributes:
         name: as typed after `--precision`.
-        bits: stored bits per weight, scales included, for a K that is a multiple of the block.
+        bits: stored bits per weight, scales included, for a K that is a multiple of the block (a lone scale per row
+            is not counted).
         code_bits: bits of one code; None stores floats.
+        block: weights along K that share a scale; 0 is a whole row.
         activations: element type of activations and KV cache.
-        embedding: element type of the embedding table, which is gathered and never multiplied.
+        embedding: element type of an embedding table kept as floats: it is gathered and never multiplied.
         accuracy_level: MatMulNBits' attribute. 4 multiplies int8-rounded activations, what every fast CPU engine does;
             1 multiplies in float32. It is part of the precision: it changes the numbers.
+        table: the precision of embedding and head where an engine can gather from blocks; "" is this one.
         pack: float (N, K) -> Packed.
         unpack: (Packed, K) -> float32 (N, K), what the stored weights mean.
     """
@@ -65,6 +75,17 @@ class Precision:
     pack: Callable[[Array], Packed]
     unpack: Callable[[Packed, int], Array]
     accuracy_level: int = 0
+    block: int = 0
+    table: str = ""
+
+    @property
+    def per_row(self) -> bool:
+        """Whether one scale holds for all weights of an output, and activations are rounded token by token."""
+        return self.code_bits is not None and not self.block
+
+    def block_of(self, k: int) -> int:
+        """Weights per scale in a row of `k`."""
+        return self.block or k
 
 
 def _float_precision(name: str, dtype: Float) -> Precision:
@@ -77,38 +98,40 @@ def _float_precision(name: str, dtype: Float) -> Precision:
     return Precision(name, np.dtype(dtype).itemsize * 8.0, None, dtype, dtype, pack, unpack)
 
 
-def _block_precision(name: str, code_bits: int) -> Precision:
+def _block_precision(name: str, code_bits: int, block: int, table: str = "") -> Precision:
     def pack(weight: Array) -> Packed:
-        return pack_blocks(weight, code_bits)
+        return pack_blocks(weight, code_bits, block or weight.shape[1])
 
     def unpack(packed: Packed, k: int) -> Array:
-        return unpack_blocks(packed, k, code_bits)
+        return unpack_blocks(packed, k, code_bits, block or k)
 
-    bits = code_bits + 32.0 / BLOCK
-    return Precision(name, bits, code_bits, "float32", "float16", pack, unpack, accuracy_level=4)
+    stored = 4.0 if code_bits == 4 else 8.0
+    bits = stored + 32.0 / block if block else stored
+    return Precision(name, bits, code_bits, "float32", "float16", pack, unpack, 4 if block else 0, block, table)
 
 
-def block_scales(weight: Array, code_bits: int) -> Array:
-    """One scale per block of 32: float (N, K) -> float32 (N, blocks); a short last block is padded with zeros."""
+def block_scales(weight: Array, code_bits: int, block: int) -> Array:
+    """One scale per block: float (N, K) -> float32 (N, blocks); a short last block is padded with zeros."""
     n, k = weight.shape
-    scales = np.empty((n, -(-k // BLOCK)), np.float32)
+    scales = np.empty((n, -(-k // block)), np.float32)
     for rows in _row_chunks(n, k):
-        scales[rows] = _scales_of(_blocked(weight[rows]), code_bits)
+        scales[rows] = _scales_of(_blocked(weight[rows], block), code_bits)
     return scales
 
 
-def pack_blocks(weight: Array, code_bits: int) -> Packed:
-    """Round to nearest, half away from zero, in blocks of 32 along K: float (N, K) -> Packed codes."""
+def pack_blocks(weight: Array, code_bits: int, block: int) -> Packed:
+    """Round to nearest, half away from zero, in blocks along K: float (N, K) -> Packed codes."""
     n, k = weight.shape
-    blocks = -(-k // BLOCK)
-    values = np.empty((n, blocks, BLOCK * code_bits // 8), np.uint8)
+    blocks = -(-k // block)
+    nibbles = code_bits == 4
+    values = np.empty((n, blocks, block // 2 if nibbles else block), np.uint8)
     scales = np.empty((n, blocks), np.float32)
     for rows in _row_chunks(n, k):
-        blocked = _blocked(weight[rows])
+        blocked = _blocked(weight[rows], block)
         scales[rows] = _scales_of(blocked, code_bits)
         codes = _codes_of(blocked, scales[rows], code_bits)
         codes.reshape(len(codes), -1)[:, k:] = 0
-        values[rows] = codes if code_bits == 8 else codes[..., ::2] | (codes[..., 1::2] << 4)
+        values[rows] = codes[..., ::2] | (codes[..., 1::2] << 4) if nibbles else codes
     return Packed(values, scales)
 
 
@@ -122,12 +145,12 @@ def unpack_codes(values: Array, k: int, code_bits: int) -> Array:
     return codes
 
 
-def unpack_blocks(packed: Packed, k: int, code_bits: int) -> Array:
+def unpack_blocks(packed: Packed, k: int, code_bits: int, block: int) -> Array:
     """The float32 (N, K) matrix the codes mean."""
     if packed.scales is None:
         raise ValueError("packed codes have scales")
     codes = unpack_codes(packed.values, k, code_bits).astype(np.float32)
-    weight: Array = codes * np.repeat(packed.scales, BLOCK, axis=1)[:, :k]
+    weight: Array = codes * np.repeat(packed.scales, block, axis=1)[:, :k]
     return weight
 
 
@@ -136,14 +159,14 @@ def _row_chunks(n: int, k: int) -> list[slice]:
     return [slice(start, min(start + step, n)) for start in range(0, n, step)]
 
 
-def _blocked(rows: Array) -> Array:
-    """Float (n, K) -> float32 (n, blocks, 32), the end padded with zeros."""
+def _blocked(rows: Array, block: int) -> Array:
+    """Float (n, K) -> float32 (n, blocks, block), the end padded with zeros."""
     n, k = rows.shape
-    short = -k % BLOCK
+    short = -k % block
     rows = np.asarray(rows, dtype=np.float32)
     if short:
         rows = np.pad(rows, ((0, 0), (0, short)))
-    return np.ascontiguousarray(rows).reshape(n, -1, BLOCK)
+    return np.ascontiguousarray(rows).reshape(n, -1, block)
 
 
 def _scales_of(blocked: Array, code_bits: int) -> Array:
@@ -171,8 +194,11 @@ PRECISIONS: dict[str, Precision] = {
     for precision in (
         _float_precision("fp32", "float32"),
         _float_precision("fp16", "float16"),
-        _block_precision("int8", 8),
-        _block_precision("int4", 4),
+        _block_precision("int8", 8, 32),
+        _block_precision("int8-128", 8, 128),
+        _block_precision("int8-row", 7, 0, table="int8-128"),
+        _block_precision("int4", 4, 32),
+        _block_precision("int4-128", 4, 128),
     )
 }
 

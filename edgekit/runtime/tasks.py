@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 from edgekit.bundle.store import read_bundle
 from edgekit.errors import BadRequest
@@ -12,8 +13,21 @@ from edgekit.errors import BadRequest
 if TYPE_CHECKING:
     from os import PathLike
 
+    from typing_extensions import Unpack
+
     from edgekit.runtime.diffusion.pipeline import ImagePipeline
     from edgekit.runtime.llm.pipeline import TextPipeline
+    from edgekit.runtime.llm.prefix import PrefixStore
+
+
+class TextSetup(TypedDict, total=False):
+    """How a text pipeline speculates and remembers; see `TextPipeline`."""
+
+    draft: str
+    speculative_config: Mapping[str, Any] | None
+    exact: bool
+    prefixes: PrefixStore | None
+
 
 TASKS = {
     "text-generation": ("edgekit.runtime.llm.pipeline", "TextPipeline"),
@@ -30,6 +44,7 @@ def load(
     device: str = ...,
     threads: int = ...,
     verify: bool = ...,
+    **text: Unpack[TextSetup],
 ) -> TextPipeline: ...
 
 
@@ -46,7 +61,13 @@ def load(
 
 @overload
 def load(
-    path: str | PathLike[str], *, task: None = None, device: str = ..., threads: int = ..., verify: bool = ...
+    path: str | PathLike[str],
+    *,
+    task: None = None,
+    device: str = ...,
+    threads: int = ...,
+    verify: bool = ...,
+    **text: Unpack[TextSetup],
 ) -> TextPipeline | ImagePipeline: ...
 
 
@@ -57,6 +78,7 @@ def load(
     device: str = "cpu",
     threads: int = 0,
     verify: bool = True,
+    **text: Unpack[TextSetup],
 ) -> TextPipeline | ImagePipeline:
     """Open a bundle and return the pipeline of its task.
 
@@ -66,11 +88,12 @@ def load(
         device: `cpu`, or `cuda` with an optional index.
         threads: of the inference engine; 0 leaves the choice to it.
         verify: check every file's sha256 first. Sizes, paths and signatures are checked either way.
+        text: `draft`, `speculative_config`, `exact` and `prefixes` of a text pipeline.
 
     Raises:
         BundleError: the bundle is not what it says it is; nothing was loaded.
         DeviceError: the device is not there.
-        BadRequest: the bundle has another task.
+        BadRequest: the bundle has another task, or is given options of another.
     """
     bundle = read_bundle(Path(path), verify=verify)
     found = bundle.manifest.task
@@ -78,8 +101,10 @@ def load(
         raise BadRequest(f"{path} is a {found} bundle; {task} was asked for")
     if found not in TASKS:
         raise BadRequest(f"{path}: this edgekit has no runtime for task {found!r}; it has {', '.join(TASKS)}")
+    if text and found != "text-generation":
+        raise BadRequest(f"{path} is a {found} bundle; {', '.join(text)} is for text-generation")
     module, name = TASKS[found]
     pipeline: TextPipeline | ImagePipeline = getattr(import_module(module), name)(
-        bundle, device=device, threads=threads
+        bundle, device=device, threads=threads, **text
     )
     return pipeline

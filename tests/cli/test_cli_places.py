@@ -184,12 +184,32 @@ def test_the_command_line_goes_before_the_environment(edgekit: Run, text_bundle:
 SHAPES: dict[str, tuple[tuple[str, ...], dict[str, type]]] = {
     "export": (
         ("export", "SOURCE", "-o", "x.bundle"),
-        {"bundle": str, "state": str, "task": str, "family": str, "parts": list, "precision": str, "bytes": int},
+        {
+            "bundle": str,
+            "state": str,
+            "task": str,
+            "family": str,
+            "parts": list,
+            "precision": str,
+            "stored": dict,
+            "reason": str,
+            "bytes": int,
+        },
     ),
     "export --dry-run": (("export", "SOURCE", "-o", "x.bundle", "--dry-run"), {"plan": dict}),
     "run": (
         ("run", "BUNDLE", "--prompt", "x", "--max-new-tokens", "2"),
-        {"task": str, "text": str, "tokens": list, "finish_reason": str, "prompt_tokens": list, "stats": dict},
+        {
+            "task": str,
+            "text": str,
+            "tokens": list,
+            "finish_reason": str,
+            "prompt_tokens": list,
+            "stats": dict,
+            "spans": list,
+            "seed": int,
+            "mean_logprob": type(None),
+        },
     ),
     "inspect": (("inspect", "BUNDLE"), {"bundle": str, "verified": bool, "manifest": dict}),
     "doctor": (

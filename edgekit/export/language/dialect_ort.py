@@ -7,16 +7,19 @@ because positions are then counted and `position_ids` is not read.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 
+import numpy as np
 import onnx_ir as ir
 
 from edgekit.errors import UnsupportedModel
 from edgekit.export.language import tensors
 from edgekit.export.language.graph import INT32, INT64, Decoder, Pair
+from edgekit.export.language.integers import operands
 from edgekit.export.language.tensors import Matrix
-from edgekit.quant.precision import BLOCK
+from edgekit.quant.precision import Precision, get_precision
 
 MICROSOFT = "com.microsoft"
 
@@ -75,9 +78,12 @@ class OrtDialect:
         out, key, value = decoder.add(node).outputs
         return out, key, value
 
-    def quantized(self, decoder: Decoder, x: ir.Value, matrix: Matrix, bias: ir.Value | None) -> ir.Value:
-        """MatMulNBits; a K that is no multiple of the block is padded inside the operator."""
-        precision = decoder.precision
+    def quantized(
+        self, decoder: Decoder, x: ir.Value, matrix: Matrix, bias: ir.Value | None, precision: Precision
+    ) -> ir.Value:
+        """MatMulNBits, which pads a K that is no multiple of the block; or one integer product with its scales."""
+        if precision.per_row:
+            return _integer_product(decoder, x, matrix, bias, precision)
         codes = decoder.weight(tensors.block_codes(matrix, precision), matrix.source_bytes)
         scales = decoder.weight(tensors.block_scales_of(matrix, precision))
         optional = () if bias is None else (None, None, bias)
@@ -88,9 +94,54 @@ class OrtDialect:
             K=matrix.shape[1],
             N=matrix.shape[0],
             bits=precision.code_bits,
-            block_size=BLOCK,
+            block_size=precision.block,
             accuracy_level=precision.accuracy_level,
         )
+
+    def table(self, precision: Precision) -> Precision:
+        """Always in blocks, which can be gathered from as well as multiplied."""
+        return get_precision(precision.table or precision.name)
+
+    def embed(self, decoder: Decoder, matrix: Matrix) -> ir.Value:
+        """GatherBlockQuantized over the codes of the head, where they are tied.
+
+        MatMulNBits wants its codes in three dimensions, and packs them into a copy. So the embedding has an initializer
+        of its own, which names the same bytes: of it only the rows in use are ever read. (A Reshape would be folded
+        into another copy.) The scales are one initializer for both.
+        """
+        precision, (vocab, hidden) = self.table(decoder.precision), matrix.shape
+        codes, scales = tensors.block_codes(matrix, precision), tensors.block_scales_of(matrix, precision)
+        width = -(-hidden // precision.block) * precision.block
+        flat = vocab, math.prod(codes.shape[1:])
+        x = decoder.op(
+            "GatherBlockQuantized",
+            decoder.view(codes, "embedding.codes", flat, matrix.source_bytes),
+            decoder.inputs["input_ids"],
+            decoder.weight(scales),
+            domain=MICROSOFT,
+            bits=precision.code_bits,
+            block_size=precision.block,
+            gather_axis=0,
+            quantize_axis=1,
+        )
+        if width == hidden:
+            return x
+        ends = (
+            decoder.constant(f"embedding.{name}", np.array([at], np.int64))
+            for name, at in (("start", 0), ("end", hidden))
+        )
+        return decoder.op("Slice", x, *ends, decoder.constant("axis.last", np.array([-1], np.int64)))
+
+
+def _integer_product(
+    decoder: Decoder, x: ir.Value, matrix: Matrix, bias: ir.Value | None, precision: Precision
+) -> ir.Value:
+    """One node multiplies and scales by output, a second by token."""
+    codes, scales, weights, weight_scales, middle = operands(decoder, x, matrix, precision)
+    one = decoder.scalar("one", 1.0)
+    y = decoder.op("MatMulIntegerToFloat", codes, weights, one, weight_scales, middle, domain=MICROSOFT)
+    y = decoder.op("Mul", y, scales)
+    return y if bias is None else decoder.op("Add", y, bias)
 
 
 def standard_norm(decoder: Decoder, x: ir.Value, weights: tuple[ir.Value, ...]) -> ir.Value:

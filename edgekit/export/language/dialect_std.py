@@ -17,8 +17,9 @@ from edgekit.errors import UnsupportedModel
 from edgekit.export.language import tensors
 from edgekit.export.language.dialect_ort import standard_norm
 from edgekit.export.language.graph import INT64, Decoder, Pair
+from edgekit.export.language.integers import operands
 from edgekit.export.language.tensors import Matrix
-from edgekit.quant.precision import BLOCK
+from edgekit.quant.precision import Precision
 
 
 class StdDialect:
@@ -58,18 +59,42 @@ class StdDialect:
         out = decoder.op("Transpose", out, perm=[0, 2, 1, 3])
         return decoder.op("Reshape", out, decoder.constant("shape.flat", np.array([0, 0, -1], np.int64))), keys, values
 
-    def quantized(self, decoder: Decoder, x: ir.Value, matrix: Matrix, bias: ir.Value | None) -> ir.Value:
-        """Blocked DequantizeLinear along K, then MatMul."""
-        if matrix.shape[1] % BLOCK:
-            raise UnsupportedModel(
-                f"{matrix.name}: {matrix.shape[1]} inputs are no multiple of {BLOCK}, which blocked DequantizeLinear "
-                "needs. Export with dialect 'ort', or with --precision fp16."
-            )
-        codes = decoder.weight(tensors.signed_codes(matrix, decoder.precision), matrix.source_bytes)
-        scales = decoder.weight(tensors.block_scales_of(matrix, decoder.precision, by_input=True))
-        weight = decoder.op("DequantizeLinear", codes, scales, axis=0, block_size=BLOCK)
-        y = decoder.op("MatMul", x, weight)
+    def quantized(
+        self, decoder: Decoder, x: ir.Value, matrix: Matrix, bias: ir.Value | None, precision: Precision
+    ) -> ir.Value:
+        """Blocked DequantizeLinear along K, then MatMul; or MatMulInteger, then its scales."""
+        if precision.per_row:
+            y = _integer_product(decoder, x, matrix, precision)
+        else:
+            y = decoder.op("MatMul", x, _dequantized(decoder, matrix, precision))
         return y if bias is None else decoder.op("Add", y, bias)
+
+    def table(self, precision: Precision) -> Precision:
+        """The head is a matrix like any other."""
+        return precision
+
+    def embed(self, decoder: Decoder, matrix: Matrix) -> ir.Value:
+        """Floats: the codes lie transposed, for the product, where no row can be gathered."""
+        return decoder.gathered(matrix)
+
+
+def _dequantized(decoder: Decoder, matrix: Matrix, precision: Precision) -> ir.Value:
+    k = matrix.shape[1]
+    block = min(precision.block, k)
+    if k % block:
+        raise UnsupportedModel(
+            f"{matrix.name}: {k} inputs are no multiple of {block}, which blocked DequantizeLinear needs. Export with "
+            "dialect 'ort', or with another --precision."
+        )
+    codes = decoder.weight(tensors.signed_codes(matrix, precision), matrix.source_bytes)
+    scales = decoder.weight(tensors.block_scales_of(matrix, precision, by_input=True))
+    return decoder.op("DequantizeLinear", codes, scales, axis=0, block_size=block)
+
+
+def _integer_product(decoder: Decoder, x: ir.Value, matrix: Matrix, precision: Precision) -> ir.Value:
+    codes, scales, weights, weight_scales, middle = operands(decoder, x, matrix, precision)
+    product = decoder.op("Cast", decoder.op("MatMulInteger", codes, weights, middle), to=int(decoder.element))
+    return decoder.op("Mul", decoder.op("Mul", product, weight_scales), scales)
 
 
 def _rotate(decoder: Decoder, x: ir.Value, layer: int, heads: int) -> ir.Value:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -32,14 +32,13 @@ from edgekit.export.language.dialect_std import StdDialect
 from edgekit.export.language.families import read_spec
 from edgekit.export.language.graph import Decoder, DialectOps
 from edgekit.export.language.spec import Spec
+from edgekit.export.language.store import Progress, stored_bytes, write_model
 from edgekit.export.language.weights import Checkpoint
 from edgekit.export.plan import ExportPlan, PartPlan
 from edgekit.export.sources import stated_licence
 from edgekit.quant.precision import Precision, get_precision
 
 Dialect = Literal["ort", "std"]
-Progress = Callable[[str, float], None]
-
 DIALECTS: dict[str, Callable[[], DialectOps]] = {"ort": OrtDialect, "std": StdDialect}
 GRAPH = "graphs/decoder.onnx"
 DATA = GRAPH + ".data"
@@ -52,7 +51,6 @@ _DTYPES: dict[ir.DataType, DType] = {
 }
 _BASE_MEMORY = 160 << 20  # the interpreter, its libraries, and what quantization holds of a matrix at a time
 _GRAPH_BYTES_PER_NODE = 100
-_ALIGNMENT = 4096  # large tensors start on a page, so that an engine can map them
 
 
 def silent(stage: str, fraction: float) -> None:
@@ -71,12 +69,12 @@ class Compiled:
     model: ir.Model
 
 
-def compile_language(source: Path, precision: Precision, dialect: str) -> Compiled:
+def compile_language(source: Path, precision: Precision, dialect: str, hidden: Sequence[int] = ()) -> Compiled:
     """Read `config.json` and the checkpoint's headers, and build the decoder.
 
     Raises:
         UnknownFamily, UnsupportedModel, BadSource: the folder cannot be exported, and why.
-        BadRequest: no such dialect.
+        BadRequest: no such dialect, or no such layer.
     """
     if dialect not in DIALECTS:
         raise BadRequest(f"no dialect {dialect!r}; known: {', '.join(DIALECTS)}")
@@ -85,18 +83,22 @@ def compile_language(source: Path, precision: Precision, dialect: str) -> Compil
     config = Config.load(source)
     spec = read_spec(config)
     checkpoint = Checkpoint(source)
-    decoder = Decoder(spec, checkpoint, precision, DIALECTS[dialect]())
-    return Compiled(config, spec, checkpoint, precision, decoder, decoder.build())
+    decoder = Decoder(spec, checkpoint, precision, DIALECTS[dialect](), hidden)
+    model = decoder.build()
+    decoder.check_nothing_left_over()
+    return Compiled(config, spec, checkpoint, precision, decoder, model)
 
 
-def plan_language(source: Path, precision: str = "fp32", dialect: Dialect = "ort") -> ExportPlan:
+def plan_language(
+    source: Path, precision: str = "fp32", dialect: Dialect = "ort", hidden: Sequence[int] = ()
+) -> ExportPlan:
     """What `export_language` would need and make, from headers alone.
 
     Raises:
         what `compile_language` raises; BadRequest for an unknown precision.
     """
-    compiled = compile_language(source, get_precision(precision), dialect)
-    made, weights = _part(compiled), _weight_bytes(compiled.model)
+    compiled = compile_language(source, get_precision(precision), dialect, hidden)
+    made, weights = _part(compiled), stored_bytes(compiled.model, compiled.decoder.views)
     part = PartPlan("decoder", made.inputs, made.outputs, weights, made.parameters)
     beside = sum(file.stat().st_size for file in source.glob("token*.json"))
     return ExportPlan(
@@ -116,6 +118,7 @@ def export_language(
     *,
     precision: str = "fp32",
     dialect: Dialect = "ort",
+    hidden: Sequence[int] = (),
     progress: Progress = silent,
 ) -> Manifest:
     """Write `graphs/decoder.onnx`, its data and `tokenizer/` under `staging`.
@@ -127,6 +130,7 @@ def export_language(
         staging: an existing or new folder.
         precision: a name in PRECISIONS.
         dialect: `ort` for ONNX Runtime, `std` for engines that read the ONNX standard.
+        hidden: layer counts k; each adds an output `hidden.k`, the residual stream after k layers.
         progress: called with a stage's name and the share of it that is done, in [0, 1].
 
     Returns:
@@ -135,7 +139,7 @@ def export_language(
     Raises:
         UnknownFamily, UnsupportedModel, BadSource, BadRequest: what cannot be exported, and why.
     """
-    compiled = compile_language(source, get_precision(precision), dialect)
+    compiled = compile_language(source, get_precision(precision), dialect, hidden)
     tokenizer = assets.export_tokenizer(source, staging)
     ends, begin = assets.token_ids(source, compiled.config)
     manifest = Manifest(
@@ -156,26 +160,9 @@ def export_language(
         decoding=_decoding(compiled, dialect, ends, begin, source),
         notes={"export": "; ".join(compiled.spec.notes)} if compiled.spec.notes else {},
     )
-    _write(compiled.model, staging, progress)
-    return manifest
-
-
-def _write(model: ir.Model, staging: Path, progress: Progress) -> None:
     (staging / GRAPH).parent.mkdir(parents=True, exist_ok=True)
-    total, done = _weight_bytes(model), 0
-
-    def written(tensor: ir.TensorProtocol, _info: object) -> None:
-        nonlocal done
-        progress("writing", min(done / max(total, 1), 1.0))
-        done += tensor.nbytes
-
-    data = Path(DATA).name
-    ir.save(model, staging / GRAPH, external_data=data, callback=written, alignment=_ALIGNMENT)
-    progress("writing", 1.0)
-
-
-def _weight_bytes(model: ir.Model) -> int:
-    return sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
+    write_model(compiled.model, compiled.decoder.views, staging / GRAPH, progress)
+    return manifest
 
 
 def _part(compiled: Compiled) -> Part:

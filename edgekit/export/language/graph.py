@@ -12,22 +12,23 @@ and how a norm takes the sum before it.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from edgekit.errors import UnsupportedModel
+from edgekit.errors import BadRequest, UnsupportedModel
 from edgekit.export.language import tensors
+from edgekit.export.language.builder import Dims, GraphBuilder, retyped
 from edgekit.export.language.spec import Spec
-from edgekit.export.language.tensors import ELEMENT, Matrix
+from edgekit.export.language.tensors import Matrix
 from edgekit.export.language.weights import Checkpoint
 from edgekit.quant.precision import Precision
 
 Array = npt.NDArray[Any]
-Dims = tuple[int | str, ...]
 Pair = tuple[ir.Value, ir.Value]
 
 INT64, INT32, FLOAT = ir.DataType.INT64, ir.DataType.INT32, ir.DataType.FLOAT
@@ -52,59 +53,50 @@ class DialectOps(Protocol):
     def attend(self, decoder: Decoder, qkv: ir.Value, layer: int) -> tuple[ir.Value, ir.Value, ir.Value]:
         """Attention over the cache and the new tokens: output (batch, seq, heads * head_dim), new keys, new values."""
 
-    def quantized(self, decoder: Decoder, x: ir.Value, matrix: Matrix, bias: ir.Value | None) -> ir.Value:
+    def quantized(
+        self, decoder: Decoder, x: ir.Value, matrix: Matrix, bias: ir.Value | None, precision: Precision
+    ) -> ir.Value:
         """`x @ matrix.T + bias` with packed weights."""
 
+    def table(self, precision: Precision) -> Precision:
+        """How a quantized decoder stores its head, and its embedding where that is not kept as floats."""
 
-class Decoder:
-    """One graph under construction; `build` gives the model, its weights still unread."""
+    def embed(self, decoder: Decoder, matrix: Matrix) -> ir.Value:
+        """Rows of a quantized decoder's embedding for `input_ids`: (batch, seq, hidden)."""
 
-    def __init__(self, spec: Spec, checkpoint: Checkpoint, precision: Precision, dialect: DialectOps) -> None:
+
+class Decoder(GraphBuilder):
+    """One graph under construction; `build` gives the model, its weights still unread.
+
+    Args:
+        spec: the network.
+        checkpoint: its weights.
+        precision: how matrices are stored.
+        dialect: the operators to build from.
+        hidden: layer counts k, 1 to all; each adds an output `hidden.k`, the residual stream after k layers.
+
+    Raises:
+        BadRequest: a layer the model does not have.
+    """
+
+    def __init__(
+        self,
+        spec: Spec,
+        checkpoint: Checkpoint,
+        precision: Precision,
+        dialect: DialectOps,
+        hidden: Sequence[int] = (),
+    ) -> None:
+        super().__init__(precision.activations)
         self.spec, self.checkpoint, self.precision, self.dialect = spec, checkpoint, precision, dialect
-        self.dtype = precision.activations
-        self.element = ELEMENT[self.dtype]
-        self.nodes: list[ir.Node] = []
-        self.initializers: dict[str, ir.Value] = {}
-        self.inputs: dict[str, ir.Value] = {}
+        self.hidden = sorted(set(hidden))
+        if wrong := [k for k in self.hidden if not 1 <= k <= spec.layers]:
+            raise BadRequest(f"no hidden state after layer {wrong[0]}: the model has layers 1 to {spec.layers}")
         self.presents: list[ir.Value] = []
+        self.streams: list[ir.Value] = []  # the outputs `hidden.k`
+        self.shared: dict[str, ir.Value] = {}  # what a dialect computes once for all layers
         self.used: set[str] = set()  # checkpoint tensors the graph read
-        self.largest = 0  # bytes of the largest initializer and what it is made from: they are in memory together
         self.prefix = self._find_prefix()
-
-    # Graph pieces
-
-    def op(self, kind: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any) -> ir.Value:
-        """One node with one output."""
-        node = ir.node(kind, inputs, attributes or None, domain=domain)
-        return self.add(node).outputs[0]
-
-    def add(self, node: ir.Node) -> ir.Node:
-        """Append a node, numbered, so that tools can name it."""
-        node.name = f"{node.op_type}_{len(self.nodes)}"
-        self.nodes.append(node)
-        return node
-
-    def input(self, name: str, dtype: ir.DataType, shape: Dims) -> None:
-        """Declare a graph input."""
-        self.inputs[name] = _value(name, dtype, shape)
-
-    def constant(self, name: str, value: Array) -> ir.Value:
-        """A small initializer, made once per name."""
-        return self.weight(ir.Tensor(np.ascontiguousarray(value), name=name))
-
-    def weight(self, tensor: ir.TensorProtocol, source_bytes: int = 0) -> ir.Value:
-        """An initializer, made once per name out of `source_bytes` of the checkpoint."""
-        name = str(tensor.name)
-        self.largest = max(self.largest, source_bytes + tensor.nbytes)
-        if name not in self.initializers:
-            value = _value(name, tensor.dtype, tuple(int(n) for n in tensor.shape))
-            value.const_value = tensor
-            self.initializers[name] = value
-        return self.initializers[name]
-
-    def scalar(self, name: str, value: float, dtype: str = "") -> ir.Value:
-        """A scalar in the activations' type."""
-        return self.constant(name, np.asarray(value, dtype or self.dtype))
 
     # Weights
 
@@ -126,7 +118,7 @@ class Decoder:
             biases = tuple(self.tensor(f"{slot}.bias", layer) for slot in slots)
             added = self.weight(tensors.vector(self.checkpoint, biases, sizes[0], self.dtype, f"{name}.bias"))
         if self.precision.code_bits is not None:
-            return self.dialect.quantized(self, x, matrix, added)
+            return self.dialect.quantized(self, x, matrix, added, self.precision)
         y = self.op("MatMul", x, self.weight(tensors.transposed(matrix, self.dtype), matrix.source_bytes))
         return y if added is None else self.op("Add", y, added)
 
@@ -149,10 +141,10 @@ class Decoder:
         stream, branch = self._embed(), None
         for layer in range(self.spec.layers):
             stream, branch = self._block(stream, branch, layer)
-        stream = self.op("Gather", self._sum(stream, branch), self.inputs["rows"], axis=1)
+        stream = self._wanted_rows(self._sum(stream, branch), self.spec.layers)
         logits = self._logits(self._norm(stream, self.spec.names.final_norm, None))
-        self._check_nothing_left_over()
-        outputs = [_retyped(logits, "logits", FLOAT, ("batch", "rows", self.spec.vocab)), *self.presents]
+        logits = retyped(logits, "logits", FLOAT, ("batch", "rows", self.spec.vocab))
+        outputs = [logits, *self.streams, *self.presents]
         opsets = {"": OPSET, **self.dialect.domains}
         graph = ir.Graph(
             list(self.inputs.values()),
@@ -163,6 +155,15 @@ class Decoder:
             name="decoder",
         )
         return ir.Model(graph, ir_version=11, producer_name="edgekit")
+
+    def _wanted_rows(self, stream: ir.Value, layers: int) -> ir.Value:
+        """The stream after `layers` layers at `rows`; an output too, where asked for."""
+        stream = self.op("Gather", stream, self.inputs["rows"], axis=1)
+        if layers in self.hidden:
+            shown = stream if self.dtype == "float32" else self.op("Cast", stream, to=int(FLOAT))
+            shape = ("batch", "rows", self.spec.hidden)
+            self.streams.append(retyped(shown, f"hidden.{layers}", FLOAT, shape))
+        return stream
 
     def _declare_inputs(self) -> None:
         self.input("input_ids", INT64, ("batch", "seq"))
@@ -196,14 +197,13 @@ class Decoder:
 
     def _embed(self) -> ir.Value:
         spec, names = self.spec, self.spec.names
-        table = tensors.table(self.checkpoint, self.tensor(names.embedding), self.precision.embedding, "embedding")
-        if tuple(table.shape) != (spec.vocab, spec.hidden):
-            raise UnsupportedModel(
-                f"embedding has shape {tuple(table.shape)}; config.json: {spec.vocab}, {spec.hidden}"
-            )
-        x = self.op("Gather", self.weight(table, self._stored(names.embedding)), self.inputs["input_ids"])
-        if self.precision.embedding != self.dtype:
-            x = self.op("Cast", x, to=int(self.element))
+        name = "head" if self.tied else "embedding"
+        tensor = self.tensor(names.embedding)
+        shape = self.checkpoint.shape(tensor)
+        if shape != (spec.vocab, spec.hidden):
+            raise UnsupportedModel(f"embedding has shape {shape}; config.json: {spec.vocab}, {spec.hidden}")
+        matrix = Matrix(self.checkpoint, name, (tensor,), (spec.vocab, spec.hidden))
+        x = self.gathered(matrix) if self.precision.code_bits is None else self.dialect.embed(self, matrix)
         if spec.embedding_scale != 1.0:
             x = self.op("Mul", x, self.scalar("embedding.scale", spec.embedding_scale))
         if names.positions is not None:
@@ -212,12 +212,17 @@ class Decoder:
             x = self.op("Add", x, self.op("Gather", self.weight(positions), self.inputs["position_ids"]))
         return x
 
-    def _stored(self, slot: str) -> int:
-        return self.checkpoint.entry(self.tensor(slot)).nbytes
+    def gathered(self, matrix: Matrix) -> ir.Value:
+        """Rows of the embedding, stored as floats."""
+        table = tensors.table(self.checkpoint, matrix.tensors[0], self.precision.embedding, "embedding")
+        x = self.op("Gather", self.weight(table, matrix.source_bytes), self.inputs["input_ids"])
+        return x if self.precision.embedding == self.dtype else self.op("Cast", x, to=int(self.element))
 
     def _block(self, stream: ir.Value, branch: ir.Value | None, layer: int) -> Pair:
         names = self.spec.names
         stream, h = self._enter(stream, branch, names.attention_norm, layer)
+        if layer in self.hidden:
+            self._wanted_rows(stream, layer)
         branch = self._leave(self._attention(h, layer), names.attention_post_norm, layer)
         stream, h = self._enter(stream, branch, names.mlp_norm, layer)
         return stream, self._leave(self._mlp(h, layer), names.mlp_post_norm, layer)
@@ -248,7 +253,7 @@ class Decoder:
         out, *new = self.dialect.attend(self, qkv, layer)
         cache = ("batch", spec.kv_heads, "capacity", spec.head_dim)
         for value, kind in zip(new, ("key", "value"), strict=True):
-            self.presents.append(_retyped(value, f"present.{layer}.{kind}", self.element, cache))
+            self.presents.append(retyped(value, f"present.{layer}.{kind}", self.element, cache))
         sizes = spec.hidden, spec.qkv_sizes[0]
         return self.linear(out, layer, "attention.out", (names.attention_out,), sizes, spec.attention_out_bias)
 
@@ -312,11 +317,11 @@ class Decoder:
 
         Gemm takes it as it lies (transB); a Transpose node would be folded into a second copy by the engine.
         """
-        tensor = self._head_tensor()
+        tensor = self.head_tensor
         matrix = Matrix(self.checkpoint, "head", (tensor,), (self.spec.vocab, self.spec.hidden))
         if self.precision.code_bits is not None:
-            return self.dialect.quantized(self, h, matrix, None)
-        name = "embedding" if tensor == self.prefix + self.spec.names.embedding else "head"
+            return self.dialect.quantized(self, h, matrix, None, self.dialect.table(self.precision))
+        name = "embedding" if self.tied else "head"
         weight = self.weight(tensors.table(self.checkpoint, tensor, self.dtype, name), matrix.source_bytes)
         flat = self.op("Reshape", h, self.constant("shape.rows", np.array([-1, self.spec.hidden], np.int64)))
         y = self.op("Gemm", flat, weight, transB=1)
@@ -324,7 +329,13 @@ class Decoder:
         shape = self.op("Concat", self.op("Shape", h, end=2), vocabulary, axis=0)
         return self.op("Reshape", y, shape)
 
-    def _head_tensor(self) -> str:
+    @property
+    def tied(self) -> bool:
+        """Whether the head is the embedding."""
+        return self.head_tensor == self.prefix + self.spec.names.embedding
+
+    @cached_property
+    def head_tensor(self) -> str:
         """The embedding where tied. Where a tied checkpoint holds another head all the same, that head is what runs."""
         embedding = self.tensor(self.spec.names.embedding)
         heads = self.spec.names.heads
@@ -339,8 +350,12 @@ class Decoder:
         found = (prefix for prefix in names.prefixes if prefix + names.embedding in self.checkpoint)
         return next(found, names.prefixes[0])
 
-    def _check_nothing_left_over(self) -> None:
-        """A weight the graph did not read means another architecture than the configuration says."""
+    def check_nothing_left_over(self) -> None:
+        """A weight that `build` did not read means another architecture than the configuration says.
+
+        Raises:
+            UnsupportedModel: there is one.
+        """
         left = [
             name
             for name in self.checkpoint.entries
@@ -352,12 +367,3 @@ class Decoder:
                 f"{self.checkpoint.folder}: {len(left)} tensors of the checkpoint have no place in a "
                 f"{self.spec.family} decoder, the first {left[0]!r}. The architecture is not the one config.json names."
             )
-
-
-def _value(name: str, dtype: ir.DataType, shape: Dims) -> ir.Value:
-    return ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
-
-
-def _retyped(value: ir.Value, name: str, dtype: ir.DataType, shape: Dims) -> ir.Value:
-    value.name, value.type, value.shape = name, ir.TensorType(dtype), ir.Shape(shape)
-    return value

@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from edgekit.errors import BadSource, UnsupportedModel
 from edgekit.export.language.weights import Checkpoint
-from edgekit.quant.precision import BLOCK, Precision, block_scales, unpack_codes
+from edgekit.quant.precision import Precision, block_scales, unpack_codes
 
 Array = npt.NDArray[Any]
 
@@ -122,17 +122,18 @@ def vector(
 
 def block_codes(matrix: Matrix, precision: Precision) -> ir.LazyTensor:
     """Codes as MatMulNBits stores them: uint8 (N, blocks, bytes per block)."""
-    bits = _bits(precision)
-    shape = (matrix.shape[0], _blocks(matrix), BLOCK * bits // 8)
+    block = precision.block_of(matrix.shape[1])
+    shape = (matrix.shape[0], _blocks(matrix, precision), block * _bits(precision) // 8)
     return lazy(f"{matrix.name}.codes", ir.DataType.UINT8, shape, lambda: _codes(matrix, precision))
 
 
 def block_scales_of(matrix: Matrix, precision: Precision, *, by_input: bool = False) -> ir.LazyTensor:
     """Scales (N, blocks), or (blocks, N) `by_input`, float32."""
-    n, blocks = matrix.shape[0], _blocks(matrix)
+    n, blocks = matrix.shape[0], _blocks(matrix, precision)
+    bits, block = _bits(precision), precision.block_of(matrix.shape[1])
 
     def make() -> Array:
-        scales = np.concatenate([block_scales(part, _bits(precision)) for part in matrix.parts()])
+        scales = np.concatenate([block_scales(part, bits, block) for part in matrix.parts()])
         return scales.T if by_input else scales
 
     shape = (blocks, n) if by_input else (n, blocks)
@@ -140,16 +141,23 @@ def block_scales_of(matrix: Matrix, precision: Precision, *, by_input: bool = Fa
 
 
 def signed_codes(matrix: Matrix, precision: Precision) -> ir.LazyTensor:
-    """Codes as DequantizeLinear takes them: int8 or int4, (K, N)."""
+    """Codes as DequantizeLinear and MatMulInteger take them: int8 or int4, (K, N)."""
     n, k = matrix.shape
     bits = _bits(precision)
 
     def make() -> Array:
         codes = np.empty((k, n), np.int8)
         _transpose(unpack_codes(_codes(matrix, precision), k, bits), codes)
-        return codes if bits == 8 else _pack_nibbles(codes)
+        return _pack_nibbles(codes) if bits == 4 else codes
 
-    return lazy(f"{matrix.name}.codes", ir.DataType.INT8 if bits == 8 else ir.DataType.INT4, (k, n), make)
+    return lazy(f"{matrix.name}.codes", ir.DataType.INT4 if bits == 4 else ir.DataType.INT8, (k, n), make)
+
+
+def view(tensor: ir.LazyTensor, name: str, shape: tuple[int, ...]) -> ir.LazyTensor:
+    """The same bytes under another name and shape."""
+    return ir.LazyTensor(
+        lambda: ir.Tensor(tensor.numpy().reshape(shape), name=name), tensor.dtype, ir.Shape(shape), name=name
+    )
 
 
 def _codes(matrix: Matrix, precision: Precision) -> Array:
@@ -165,8 +173,8 @@ def _pack_nibbles(codes: Array) -> Array:
     return flat[::2] | (flat[1::2] << 4)
 
 
-def _blocks(matrix: Matrix) -> int:
-    return -(-matrix.shape[1] // BLOCK)
+def _blocks(matrix: Matrix, precision: Precision) -> int:
+    return -(-matrix.shape[1] // precision.block_of(matrix.shape[1]))
 
 
 def _bits(precision: Precision) -> int:

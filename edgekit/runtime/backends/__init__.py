@@ -64,14 +64,14 @@ class Session(Protocol):
         """A fresh set of bound buffers."""
 
 
-def open_session(graph: Path, device: str = "cpu", *, threads: int = 0, spinning: bool = True) -> Session:
+def open_session(graph: Path, device: str = "cpu", *, threads: int = 0, alone: bool = True) -> Session:
     """Load one graph.
 
     Args:
         graph: an ONNX file, its external data beside it.
         device: a name in BACKENDS, with an optional index (`cuda:1`).
         threads: of the inference engine; 0 leaves the choice to it.
-        spinning: let waiting threads stay awake; off for sessions that take turns on the same cores.
+        alone: no other session takes turns with this one on the same cores.
 
     Raises:
         UnknownDevice: no backend of this name.
@@ -82,5 +82,5 @@ def open_session(graph: Path, device: str = "cpu", *, threads: int = 0, spinning
     if name not in BACKENDS:
         raise UnknownDevice(f"no backend for {device!r}; known devices: {', '.join(BACKENDS)}")
     module = import_module(f"{__name__}.{BACKENDS[name]}")
-    session: Session = module.open_session(graph, device, threads=threads, spinning=spinning)
+    session: Session = module.open_session(graph, device, threads=threads, alone=alone)
     return session

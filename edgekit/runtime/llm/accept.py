@@ -11,17 +11,41 @@ from collections.abc import Collection
 from typing import NamedTuple, Protocol
 
 from edgekit.runtime.backends import Array
-from edgekit.runtime.llm.tree import TokenTree
+from edgekit.runtime.llm.tree import Source, TokenTree
 
 
 class Accepted(NamedTuple):
     """One step: the nodes walked, root first, and the tokens they add to the text.
 
-    `tokens` holds one token per node of `path`: the tokens of `path[1:]`, then the one drawn at its end.
+    `tokens` holds one token per node of `path`: the tokens of `path[1:]`, then the one drawn at its end. `sources` says
+    where each of them came from, None for the model itself; it is empty where the drafter did not say.
     """
 
     path: tuple[int, ...]
     tokens: tuple[int, ...]
+    sources: tuple[Source | None, ...] = ()
+
+
+def accepted(tree: TokenTree, path: list[int], last: int) -> Accepted:
+    """The step that walks `path` and then draws `last`."""
+    tokens = (*(tree.tokens[node] for node in path[1:]), last)
+    return Accepted(tuple(path), tokens, (*(tree.sources[node] for node in path[1:]), None) if tree.sources else ())
+
+
+class Accept(Protocol):
+    """An acceptance rule."""
+
+    def __call__(
+        self, tree: TokenTree, logits: Array, context: tuple[int, ...], ends: Collection[int] = ()
+    ) -> Accepted:
+        """Which nodes stand, and the token after them.
+
+        Args:
+            tree: what was scored; its root is the last token of `context`.
+            logits: one row per node, float32 (nodes, vocabulary).
+            context: all tokens so far.
+            ends: tokens after which nothing is drawn.
+        """
 
 
 class Draw(Protocol):
@@ -32,17 +56,9 @@ class Draw(Protocol):
 
 
 def own_draw(
-    tree: TokenTree, logits: Array, context: tuple[int, ...], draw: Draw, ends: Collection[int] = ()
+    tree: TokenTree, logits: Array, context: tuple[int, ...], ends: Collection[int] = (), *, draw: Draw
 ) -> Accepted:
-    """Walk the tree along the verifier's own draws.
-
-    Args:
-        tree: what was scored; its root is the last token of `context`.
-        logits: one row per node, float32 (nodes, vocabulary).
-        context: all tokens so far.
-        draw: chooses the token at a node.
-        ends: tokens after which nothing is drawn.
-    """
+    """Walk the tree along the verifier's own draws; see `Accept`. `draw` chooses the token at a node."""
     path, drawn = [0], [draw(logits[0], context)]
     while drawn[-1] not in ends:
         child = tree.child(path[-1], drawn[-1])
@@ -50,4 +66,4 @@ def own_draw(
             break
         path.append(child)
         drawn.append(draw(logits[child], (*context, *drawn)))
-    return Accepted(tuple(path), tuple(drawn))
+    return accepted(tree, path, drawn[-1])

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
-from edgekit.runtime.backends import Array
-from edgekit.runtime.llm.accept import Accepted
-from edgekit.runtime.llm.drafters import Drafter
-from edgekit.runtime.llm.tree import TokenTree
+from edgekit.runtime.llm.accept import Accept, Accepted
+from edgekit.runtime.llm.drafters import Ask, Drafter
 from edgekit.runtime.llm.verifier import Verifier
-
-Accept = Callable[[TokenTree, Array, tuple[int, ...]], Accepted]
 
 
 def generate(
@@ -19,6 +15,7 @@ def generate(
     drafter: Drafter,
     verifier: Verifier,
     accept: Accept,
+    ask: Ask = Ask(),  # noqa: B008  (frozen)
     ends: Collection[int] = (),
     max_new_tokens: int,
 ) -> Iterator[Accepted]:
@@ -29,6 +26,7 @@ def generate(
         drafter: guesses; `NoDraft` for ordinary decoding.
         verifier: scores guesses; afterwards its cache holds the text but for its last token.
         accept: which guesses stand, given the tree, its rows and all tokens so far.
+        ask: how much to draft; a controller makes up its own mind.
         ends: tokens after which the text is over; `accept` draws nothing after them.
         max_new_tokens: stop here, or where the verifier's context is full.
 
@@ -39,11 +37,12 @@ def generate(
     room = verifier.context_length
     end = min(len(tokens) + max_new_tokens, room)
     while len(tokens) < end:
-        tree = drafter.propose(tokens).pruned(depth=end - len(tokens) - 1, nodes=room - len(tokens) + 1)
+        left = end - len(tokens) - 1  # the verifier's own draw is one more
+        tree = drafter.propose(tokens, ask._replace(room=left)).pruned(depth=left, nodes=room - len(tokens) + 1)
         scores = verifier.score(tokens, tree)
-        step = accept(tree, scores.logits, tokens)
+        step = accept(tree, scores.logits, tokens, ends)
         verifier.keep(step.path)
-        drafter.observe(step, scores)
+        drafter.observe(tree, step, scores)
         tokens += step.tokens
         yield step
         if tokens[-1] in ends:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 
 import numpy as np
 
 from edgekit.bundle.manifest import KVCacheLayout
 from edgekit.errors import BadRequest
-from edgekit.runtime.backends import Binding, Session
+from edgekit.runtime.backends import Array, Binding, Session
 
 FIRST_CAPACITY = 256  # slots; every run of the `std` dialect reads the whole capacity, so it starts small
 
@@ -17,7 +18,8 @@ class KVCache:
     """Slots in which the graph writes the keys and values of the tokens it is fed; each buffer (1, heads, slots, dim).
 
     It knows slots only: which tokens lie in them is the verifier's business. Forgetting is free (a slot is written
-    over), keeping a branch moves its rows together, and growing copies what is in use.
+    over), keeping a branch moves its rows together, and growing copies what is in use. A snapshot takes slots out, to
+    be put back in this cache or in another one of the same graph.
     """
 
     def __init__(self, session: Session, layout: KVCacheLayout, limit: int) -> None:
@@ -46,15 +48,7 @@ class KVCache:
             capacity = min(2 * capacity, self._limit)
         if capacity == self.capacity:
             return
-        grown = self._bind(capacity)
-        for name in self._names if used else ():
-            old = self.binding.read(f"past.{name}")[:, :, :used]
-            if grown.live:
-                grown.read(f"past.{name}")[:, :, :used] = old
-            else:
-                new = grown.read(f"past.{name}")
-                new[:, :, :used] = old
-                grown.write(f"past.{name}", new)
+        grown = self._grown(capacity, used)
         self.capacity, self.binding = capacity, grown  # both or neither: an interrupt leaves the old buffers in use
 
     def move(self, rows: Sequence[int], start: int) -> None:
@@ -64,9 +58,74 @@ class KVCache:
             buffer = self.binding.read(f"past.{name}")
             buffer[:, :, start : start + len(source)] = buffer[:, :, source]  # indexing by an array copies first
 
+    def snapshot(self, start: int, stop: int) -> Array:
+        """A copy of the slots from `start` up to `stop`: (2 * layers, heads, stop - start, head_dim), cache type.
+
+        Row 2 * i holds the keys of layer i, row 2 * i + 1 its values.
+
+        Raises:
+            BadRequest: slots the cache does not have.
+        """
+        self._check(start, stop)
+        slots = np.empty(self._shape(stop - start), self._layout.dtype)
+        for place, name in zip(slots, self._names, strict=True):
+            place[...] = self.binding.read(f"past.{name}")[0, :, start:stop]
+        return slots
+
+    def restore(self, start: int, slots: Array) -> None:
+        """Write a snapshot into the slots `start`, start + 1, ...; `reserve` them first.
+
+        Raises:
+            BadRequest: slots the cache does not have, or the snapshot of a graph with another layout.
+        """
+        stop = start + (slots.shape[2] if slots.ndim == 4 else 0)
+        if slots.shape != self._shape(stop - start) or slots.dtype != self._layout.dtype:
+            raise BadRequest(
+                f"{slots.dtype}{slots.shape} is no snapshot of this graph; its are {self._layout.dtype}"
+                f"{self._shape(stop - start)}. Compute the text anew."
+            )
+        self._check(start, stop)
+        for name, rows in zip(self._names, slots, strict=True):
+            _put(self.binding, f"past.{name}", start, rows[None])
+
+    def fork(self, used: int) -> KVCache:
+        """A cache of its own on the same session that begins with the first `used` slots of this one.
+
+        It has this one's capacity, so that runs on either are the same runs, bit for bit.
+
+        Raises:
+            BadRequest: more slots than the cache has.
+        """
+        self._check(0, used)
+        other = copy(self)
+        other.binding = self._grown(self.capacity, used)
+        return other
+
+    def _grown(self, capacity: int, used: int) -> Binding:
+        """New buffers that begin with the first `used` slots."""
+        grown = self._bind(capacity)
+        for name in self._names if used else ():
+            _put(grown, f"past.{name}", 0, self.binding.read(f"past.{name}")[:, :, :used])
+        return grown
+
+    def _shape(self, slots: int) -> tuple[int, ...]:
+        return (len(self._names), self._layout.heads, slots, self._layout.head_dim)
+
+    def _check(self, start: int, stop: int) -> None:
+        if not 0 <= start <= stop <= self.capacity:
+            raise BadRequest(f"slots {start} to {stop} are not in a cache of {self.capacity}; reserve them first")
+
     def _bind(self, capacity: int) -> Binding:
         binding = self._session.bind()
         shape = (1, self._layout.heads, capacity, self._layout.head_dim)
         for name in self._names:
             binding.share(f"past.{name}", f"present.{name}", shape, self._layout.dtype)
         return binding
+
+
+def _put(binding: Binding, name: str, start: int, rows: Array) -> None:
+    """Write `rows`, (1, heads, slots, head_dim), into a buffer from slot `start` on."""
+    buffer = binding.read(name)
+    buffer[:, :, start : start + rows.shape[2]] = rows
+    if not binding.live:
+        binding.write(name, buffer)

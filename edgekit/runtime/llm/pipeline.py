@@ -2,104 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from time import perf_counter
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any
 
-import msgspec
+import numpy as np
 
-from edgekit.bundle.manifest import Manifest
+from edgekit.bundle.reader import Bundle
 from edgekit.errors import BadManifest, BadRequest
-from edgekit.runtime.backends import open_session
-from edgekit.runtime.llm.accept import Accepted, own_draw
+from edgekit.runtime.backends import Array, open_session
+from edgekit.runtime.llm.accept import Accept, Accepted, own_draw
 from edgekit.runtime.llm.chat import ChatTemplate
-from edgekit.runtime.llm.drafters import Drafter, NoDraft
+from edgekit.runtime.llm.drafters import Ask, Drafter, NoDraft
+from edgekit.runtime.llm.drafters.corpus import spans
 from edgekit.runtime.llm.generate import generate
-from edgekit.runtime.llm.probs import Sampling
+from edgekit.runtime.llm.request import Job, Reader, TextOptions
+from edgekit.runtime.llm.result import FinishReason, Stats, TextChunk, TextResult, Timed
+from edgekit.runtime.llm.speculation import SpeculativeConfig, Speculator, Target, graph_fingerprint, read_config
 from edgekit.runtime.llm.stop import StopStrings
+from edgekit.runtime.llm.tree import TokenTree
 from edgekit.runtime.llm.verifier import LocalVerifier
 from edgekit.runtime.tokenizer import Tokenizer
 
-FinishReason = Literal["eos", "stop", "length", "context"]
-Message = Mapping[str, Any]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
-
-class BundleLike(Protocol):
-    """What a pipeline needs of a bundle: its folder and its checked manifest."""
-
-    @property
-    def root(self) -> Path:
-        """The folder."""
-
-    @property
-    def manifest(self) -> Manifest:
-        """The manifest."""
-
-
-@dataclass(frozen=True, slots=True)
-class Stats:
-    """Where the time went; the consumer's own time between chunks is not counted.
-
-    Attributes:
-        prefill_tokens: prompt tokens computed, the last one with the first step.
-        reused_tokens: prompt tokens found in the cache of an earlier call.
-        prefill_seconds: until the first token was there.
-        decode_tokens: tokens after the first step.
-        decode_steps: verifier calls after the first.
-        decode_seconds: time of these.
-    """
-
-    prefill_tokens: int = 0
-    reused_tokens: int = 0
-    prefill_seconds: float = 0.0
-    decode_tokens: int = 0
-    decode_steps: int = 0
-    decode_seconds: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class TextChunk:
-    """A piece of streamed text, with the tokens since the last piece; the last piece says why it is the last.
-
-    `text` may be empty while a character, or what could be a stop string, is incomplete.
-    """
-
-    text: str
-    tokens: tuple[int, ...]
-    finish_reason: FinishReason | None = None
-    stats: Stats = field(default=Stats(), repr=False)
-
-
-@dataclass(frozen=True, slots=True)
-class TextResult:
-    """A finished text.
-
-    Attributes:
-        text: what was generated, without special tokens and without the stop string.
-        tokens: every generated token, the end-of-sequence token included.
-        finish_reason: `eos`; `stop`, a stop string; `length`, max_new_tokens; `context`, the model's context is full.
-        prompt_tokens: ids of the prompt.
-        stats: counts and seconds.
-    """
-
-    text: str
-    tokens: tuple[int, ...]
-    finish_reason: FinishReason
-    prompt_tokens: tuple[int, ...]
-    stats: Stats
-
-
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """One request, checked."""
-
-    prompt: tuple[int, ...]
-    max_new_tokens: int
-    sampling: Sampling
-    stop: tuple[str, ...]
+    from edgekit.runtime.llm.prefix import PrefixStore
 
 
 class TextPipeline:
@@ -108,17 +37,32 @@ class TextPipeline:
     The cache stays between calls: a prompt that begins like the last text is computed from where they part.
 
     Args:
-        bundle: with `.root` and `.manifest`, such as `edgekit.bundle.store.read_bundle` gives.
+        bundle: what `edgekit.bundle.store.read_bundle` gives.
         device: `cpu`, `cuda` or `cuda:N`.
         threads: of the inference engine; 0 leaves the choice to it.
+        draft: `none`, `auto`, another row of DRAFTERS, `corpus:PATH`, or the path of a smaller bundle.
+        speculative_config: the keys of `speculation.SpeculativeConfig`.
+        exact: fill up every run so that drafts cannot change a bit of the text (see docs/controller.md).
+        prefixes: keys and values of earlier texts, shared between calls and kept as long as it has room.
 
     Raises:
-        BadRequest: the bundle generates no text.
+        BadRequest: the bundle generates no text; a drafter that does not exist or does not fit; or `exact` where the
+            engine's kernels allow no such thing.
         BadManifest: it has no decoding block or no tokenizer.
         DeviceError: the device is not there, or refuses the graph.
     """
 
-    def __init__(self, bundle: BundleLike, device: str = "cpu", *, threads: int = 0) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        device: str = "cpu",
+        *,
+        threads: int = 0,
+        draft: str = "none",
+        speculative_config: Mapping[str, Any] | None = None,
+        exact: bool = False,
+        prefixes: PrefixStore | None = None,
+    ) -> None:
         manifest = bundle.manifest
         if manifest.task != "text-generation":
             raise BadRequest(f"this is a {manifest.task} bundle; a text pipeline needs text-generation")
@@ -127,197 +71,141 @@ class TextPipeline:
         self._decoding = manifest.decoding
         spec = manifest.tokenizers["default"]
         self.tokenizer = Tokenizer.from_file(bundle.root / spec.file)
-        self._special = dict(spec.special)
-        self._chat: ChatTemplate | None = None
+        chat = None
         if spec.chat_template is not None:
-            self._chat = ChatTemplate((bundle.root / spec.chat_template).read_text("utf-8"))
+            chat = ChatTemplate((bundle.root / spec.chat_template).read_text("utf-8"))
+        self._reader = Reader(self._decoding, self.tokenizer, chat, spec.special)
         graph = bundle.root / manifest.parts[self._decoding.part].graph
-        self._verifier = LocalVerifier(open_session(graph, device, threads=threads), self._decoding)
+        config = read_config(draft, speculative_config)
+        session = open_session(graph, device, threads=threads, alone=config.model is None)
+        self.verifier = LocalVerifier(session, self._decoding, prefixes=prefixes)
+        self.fingerprint = graph_fingerprint(bundle, device)
+        self._target = Target(bundle, self.verifier, self.tokenizer, exact, device, threads)
+        if exact:
+            self.verifier.granule = self._target.invariance.exact()
+        self.speculator: Speculator | None = None if config.method == "none" else self.speculate(config)
 
-    def generate(
-        self,
-        prompt: str | None = None,
-        *,
-        messages: Sequence[Message] | None = None,
-        system: str | None = None,
-        max_new_tokens: int = 256,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float | None = None,
-        stop: Sequence[str] = (),
-        seed: int = 0,
-        add_special_tokens: bool = True,
-    ) -> TextResult:
+    def speculate(self, config: SpeculativeConfig) -> Speculator:
+        """Another way to speculate; it is used once it is the pipeline's `speculator`. Raises BadRequest."""
+        return Speculator(config, self._target)
+
+    def generate(self, prompt: str | None = None, *, best_of: int = 1, **options: Unpack[TextOptions]) -> TextResult:
         """Generate to the end.
 
         Args:
             prompt: text to continue; with `system` it is a user's message instead.
-            messages: a conversation, `{"role": ..., "content": ...}`; needs the bundle's chat template.
-            system: the system message that goes first.
-            max_new_tokens: at most this many.
-            temperature: 0 is greedy; None takes the bundle's default, as for the four that follow.
-            top_k: keep the k best tokens; 0 keeps all.
-            top_p: keep the best tokens up to this probability.
-            min_p: keep tokens at least this probable relative to the best.
-            repetition_penalty: makes tokens already there less likely; 1 is none.
-            stop: texts that end the generation; they are not part of it.
-            seed: of the noise; the same seed, prompt and bundle give the same text.
-            add_special_tokens: let the tokenizer put its special tokens around `prompt`.
+            best_of: draw this many texts, with seeds `seed`, `seed + 1`, ..., and give the one whose tokens are most
+                probable on average; the prompt is computed once.
+            options: see `request.TextOptions`.
 
         Raises:
             BadRequest: an option out of its range, or a prompt that is empty or does not fit.
             SessionFailed: the engine failed.
         """
-        sampling = self._sampling(seed, temperature, top_k, top_p, min_p, repetition_penalty)
-        tokens = self._encode(prompt, messages, system, add_special_tokens)
-        job = self._job(tokens, max_new_tokens, stop, sampling)
-        chunks = list(self._chunks(job, NoDraft()))
-        reason = chunks[-1].finish_reason
-        assert reason is not None
-        made = tuple(token for chunk in chunks for token in chunk.tokens)
-        return TextResult("".join(chunk.text for chunk in chunks), made, reason, job.prompt, chunks[-1].stats)
+        job = self._reader.job(prompt, options)
+        if best_of == 1:
+            return self._whole(job, None)
+        if best_of < 1 or job.sampling.temperature == 0:
+            raise BadRequest(
+                f"best_of is {best_of} at temperature {job.sampling.temperature:g}: it must be at least 1, and above 1 "
+                "it needs a temperature above 0, since greedy texts are all the same"
+            )
+        seeds = (job.sampling.seed + number for number in range(best_of))
+        drawn = [self._whole(replace(job, sampling=replace(job.sampling, seed=s)), MeanLogProb()) for s in seeds]
+        return max(drawn, key=lambda result: result.mean_logprob or 0.0)
 
-    def stream(
-        self,
-        prompt: str | None = None,
-        *,
-        messages: Sequence[Message] | None = None,
-        system: str | None = None,
-        max_new_tokens: int = 256,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float | None = None,
-        stop: Sequence[str] = (),
-        seed: int = 0,
-        add_special_tokens: bool = True,
-    ) -> Iterator[TextChunk]:
-        """Generate piece by piece; the arguments, errors and text are those of `generate`.
+    def stream(self, prompt: str | None = None, **options: Unpack[TextOptions]) -> Iterator[TextChunk]:
+        """Generate token by token; the arguments, errors and text are those of `generate`.
 
         The request is checked at once; tokens are computed as chunks are taken. Leaving the loop early is fine.
         """
-        sampling = self._sampling(seed, temperature, top_k, top_p, min_p, repetition_penalty)
-        tokens = self._encode(prompt, messages, system, add_special_tokens)
-        return self._chunks(self._job(tokens, max_new_tokens, stop, sampling), NoDraft())
+        return self._chunks(self._reader.job(prompt, options), None)
 
-    def _sampling(
-        self,
-        seed: int,
-        temperature: float | None,
-        top_k: int | None,
-        top_p: float | None,
-        min_p: float | None,
-        repetition_penalty: float | None,
-    ) -> Sampling:
-        """What was asked for, over the bundle's defaults."""
-        asked = {
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "min_p": min_p,
-            "repetition_penalty": repetition_penalty,
-        }
-        defaults = msgspec.structs.asdict(self._decoding.defaults)
-        return Sampling(
-            **{**defaults, **{name: value for name, value in asked.items() if value is not None}}, seed=seed
+    def _whole(self, job: Job, probable: MeanLogProb | None) -> TextResult:
+        chunks = list(self._chunks(job, probable))
+        last = chunks[-1]
+        assert last.finish_reason is not None
+        sources = [chunk.source for chunk in chunks if chunk.tokens]
+        tokens = tuple(token for chunk in chunks for token in chunk.tokens)
+        return TextResult(
+            text="".join(chunk.text for chunk in chunks),
+            tokens=tokens,
+            finish_reason=last.finish_reason,
+            prompt_tokens=job.prompt,
+            stats=last.stats,
+            spans=spans(sources),
+            seed=job.sampling.seed,
+            mean_logprob=None if probable is None else probable.mean,
         )
 
-    def _encode(
-        self, prompt: str | None, messages: Sequence[Message] | None, system: str | None, add_special_tokens: bool
-    ) -> tuple[int, ...]:
-        """The ids of a request; a conversation's special tokens are the template's business."""
-        if (prompt is None) == (messages is None):
-            raise BadRequest("give either prompt or messages")
-        if prompt is not None and system is None:
-            ids = self.tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
-            if not ids and self._decoding.bos is not None:
-                ids = [self._decoding.bos]
-            return tuple(ids)
-        if self._chat is None:
-            raise BadRequest("this bundle has no chat template: give a prompt without system, or export a chat model")
-        talk = list(messages) if messages is not None else [{"role": "user", "content": prompt}]
-        if system is not None:
-            talk.insert(0, {"role": "system", "content": system})
-        text = self._chat.render(talk, special=self._special)
-        return tuple(self.tokenizer.encode(text, add_special_tokens=False))
-
-    def _job(self, prompt: tuple[int, ...], max_new_tokens: int, stop: Sequence[str], sampling: Sampling) -> _Job:
-        room = self._decoding.context_length
-        if not prompt:
-            raise BadRequest("the prompt has no tokens and the model no beginning-of-sequence token; write something")
-        if len(prompt) >= room:
-            raise BadRequest(f"the prompt has {len(prompt)} tokens and the model's context is {room}; shorten it")
-        if max_new_tokens < 1:
-            raise BadRequest(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
-        StopStrings(stop)  # refuses what is no list of texts
-        return _Job(prompt, max_new_tokens, sampling, tuple(stop))
-
-    def _chunks(self, job: _Job, drafter: Drafter) -> Iterator[TextChunk]:
+    def _chunks(self, job: Job, probable: MeanLogProb | None) -> Iterator[TextChunk]:
         """Run a job: tokens to text, text past the stop strings, and the reason for the end."""
-        ends = frozenset(self._decoding.eos)
-        steps = _Timed(
-            generate(
-                job.prompt,
-                drafter=drafter,
-                verifier=self._verifier,
-                accept=partial(own_draw, draw=job.sampling, ends=ends),
-                ends=ends,
-                max_new_tokens=job.max_new_tokens,
-            ),
-            len(job.prompt),
-            self._verifier.shared(job.prompt),
-        )
+        try:
+            yield from self._pieces(job, probable)
+        finally:
+            self.verifier.remember()
+
+    def _pieces(self, job: Job, probable: MeanLogProb | None) -> Iterator[TextChunk]:
+        steps = self._steps(job, probable)
         words, stops = self.tokenizer.stream(), StopStrings(job.stop)
-        last: int | None = None
+        ends, made, last = self._decoding.eos, 0, None
         for step in steps:
-            last = step.tokens[-1]
-            text = stops.feed(words.feed(token for token in step.tokens if token not in ends))
-            if stops.stopped:
-                yield TextChunk(text, step.tokens, "stop", steps.stats())
-                return
-            yield TextChunk(text, step.tokens)
+            for last, source in zip(step.tokens, step.sources or (None,) * len(step.tokens), strict=True):
+                made += 1
+                text = stops.feed(words.feed([last] if last not in ends else []))
+                if stops.stopped:
+                    yield TextChunk(text, (last,), "stop", source, self._stats(steps))
+                    return
+                yield TextChunk(text, (last,), source=source)
         text = stops.feed(words.finish()) + stops.flush()
-        reason: FinishReason = "length" if steps.made == job.max_new_tokens else "context"
+        reason: FinishReason = "length" if made == job.max_new_tokens else "context"
         if last in ends:
             reason = "eos"
-        yield TextChunk(text, (), "stop" if stops.stopped else reason, steps.stats())
+        yield TextChunk(text, (), "stop" if stops.stopped else reason, stats=self._stats(steps))
+
+    def _steps(self, job: Job, probable: MeanLogProb | None) -> Timed:
+        """The loop, with this pipeline's drafter and rule."""
+        drafter: Drafter = NoDraft()
+        accept: Accept = partial(own_draw, draw=job.sampling)
+        if self.speculator is not None:
+            drafter, accept = self.speculator.begin(job.sampling)
+        if probable is not None:
+            accept = probable.watch(accept)
+        steps = generate(
+            job.prompt,
+            drafter=drafter,
+            verifier=self.verifier,
+            accept=accept,
+            ask=Ask(sampling=job.sampling),
+            ends=self._decoding.eos,
+            max_new_tokens=job.max_new_tokens,
+        )
+        return Timed(steps, len(job.prompt), self.verifier.recall(job.prompt))
+
+    def _stats(self, steps: Timed) -> Stats:
+        return steps.stats(None if self.speculator is None else self.speculator.stats())
 
 
-class _Timed:
-    """Accepted steps, and the seconds that making them took."""
+class MeanLogProb:
+    """The mean log-probability, under the model at temperature 1, of the tokens that an acceptance rule lets pass."""
 
-    def __init__(self, steps: Iterator[Accepted], prompt: int, reused: int) -> None:
-        self._steps = steps
-        self._prompt = prompt
-        self._reused = reused
-        self._sizes: list[int] = []
-        self._seconds: list[float] = []
-
-    def __iter__(self) -> Iterator[Accepted]:
-        while True:
-            start = perf_counter()
-            step = next(self._steps, None)
-            if step is None:
-                return
-            self._seconds.append(perf_counter() - start)
-            self._sizes.append(len(step.tokens))
-            yield step
+    def __init__(self) -> None:
+        self._sum, self._count = 0.0, 0
 
     @property
-    def made(self) -> int:
-        """Tokens so far."""
-        return sum(self._sizes)
+    def mean(self) -> float:
+        """Of the tokens so far, in nats; 0 where there are none."""
+        return self._sum / max(1, self._count)
 
-    def stats(self) -> Stats:
-        """The counts and times so far."""
-        return Stats(
-            prefill_tokens=self._prompt - self._reused,
-            reused_tokens=self._reused,
-            prefill_seconds=sum(self._seconds[:1]),
-            decode_tokens=sum(self._sizes[1:]),
-            decode_steps=len(self._sizes[1:]),
-            decode_seconds=sum(self._seconds[1:]),
-        )
+    def watch(self, rule: Accept) -> Accept:
+        """The same rule, its tokens counted."""
+
+        def watched(tree: TokenTree, logits: Array, context: tuple[int, ...], ends: Collection[int] = ()) -> Accepted:
+            step = rule(tree, logits, context, ends)
+            for node, token in zip(step.path, step.tokens, strict=True):
+                row = logits[node] - logits[node].max()
+                self._sum += float(row[token]) - float(np.log(np.exp(row).sum(dtype=np.float64)))
+            self._count += len(step.tokens)
+            return step
+
+        return watched

@@ -4,24 +4,30 @@ The filters and their order are those of transformers' logits processors, so tha
 what it means there. The draw is the Gumbel-max trick (Gumbel 1954; Maddison et al. 2014, arXiv:1411.0030): adding
 independent standard Gumbel noise to log-probabilities and taking the largest samples the softmax. The noise of a token
 depends on (seed, position, token) and on nothing else, so a draw is the same in any batch, beside any draft and on any
-replica; greedy decoding is the same rule without noise.
+replica; greedy decoding is the same rule without noise. Acceptance rules that need other random numbers find them in
+another Philox stream.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
 from edgekit.errors import BadRequest, SessionFailed
-from edgekit.runtime.random import philox4x32
+from edgekit.runtime.random import U32, philox4x32, philox_u32
 
 Row = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
+Law = npt.NDArray[np.float64]
 
 _LANES = 4  # random words in one Philox block
+_SPAN = 1 << 14  # tokens drawn in one go: what is computed of them stays in a core's cache
+_FEW = 1 << 11  # that many tokens get their noise without ado
+_SLACK = 1e-3  # far more than float32 costs a bound
 _MOST = -math.log(-math.log1p(-(2.0**-33)))  # the largest noise that 32 bits can give, 22.87
 _DEPTHS = (5.0, 10.0, 20.0, math.inf)  # how far below the best score the others are looked for, in nats
 
@@ -69,6 +75,31 @@ class Sampling:
         Raises:
             SessionFailed: the row holds no number.
         """
+        scores, best = self._scores(logits, context)
+        if self.temperature == 0:
+            return best
+        tokens = survivors(scores, self.top_k, self.top_p, self.min_p)
+        return _gumbel_max(scores[tokens], tokens, self.seed, len(context))
+
+    def law(self, logits: Row, context: tuple[int, ...]) -> Law:
+        """The distribution of the token that follows `context`, over seeds: float64 (vocabulary,), its sum 1.
+
+        It is 0 outside the survivors of the filters, and at temperature 0 outside the greedy choice. The arguments
+        and errors are those of a draw.
+        """
+        scores, best = self._scores(logits, context)
+        law = np.zeros(len(scores))
+        if self.temperature == 0:
+            law[best] = 1
+            return law
+        tokens = survivors(scores, self.top_k, self.top_p, self.min_p)
+        weights = np.subtract(scores[tokens], scores[best], dtype=np.float64)
+        np.exp(weights, out=weights)
+        law[tokens] = np.divide(weights, weights.sum(), out=weights)
+        return law
+
+    def _scores(self, logits: Row, context: tuple[int, ...]) -> tuple[Row, int]:
+        """The logits, penalised and divided by the temperature, and the first of the best."""
         scores = penalize(logits, context, self.repetition_penalty)
         best = int(scores.argmax())
         if not math.isfinite(scores[best]):
@@ -76,11 +107,7 @@ class Sampling:
                 f"the model's logits at position {len(context)} are {scores[best]}: its arithmetic overflowed. Export "
                 "it again at fp32, or leave the failing layers in higher precision."
             )
-        if self.temperature == 0:
-            return best
-        scores = scores / np.float32(self.temperature)
-        tokens = survivors(scores, self.top_k, self.top_p, self.min_p)
-        return _gumbel_max(scores[tokens], tokens, self.seed, len(context))
+        return (scores / np.float32(self.temperature) if self.temperature > 0 else scores), best
 
 
 def penalize(logits: Row, context: tuple[int, ...], penalty: float) -> Row:
@@ -106,7 +133,15 @@ def survivors(scores: Row, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.
         left = scores if tokens is None else scores[tokens]
         kept = np.flatnonzero(left >= left.max() + np.float32(math.log(min_p)))
         tokens = kept if tokens is None else tokens[kept]
-    return np.arange(len(scores)) if tokens is None else tokens
+    return _every(len(scores)) if tokens is None else tokens
+
+
+@lru_cache(maxsize=2)
+def _every(size: int) -> Ids:
+    """All token ids; made once per vocabulary, so read-only."""
+    tokens = np.arange(size)
+    tokens.flags.writeable = False
+    return tokens
 
 
 def _best(scores: Row, count: int) -> Ids:
@@ -146,10 +181,19 @@ def _nucleus(scores: Row, top_p: float) -> Ids:
 
 
 def _gumbel_max(scores: Row, tokens: Ids, seed: int, position: int) -> int:
-    """The token with the largest noisy score; of equals the lowest id. `scores` are those of `tokens`."""
+    """The token with the largest noisy score; of equals the lowest id. `scores` are those of `tokens`, ascending."""
     best = int(scores.argmax())
     reach = float(scores[best]) + float(gumbel(tokens[best : best + 1], seed, position)[0])
-    able = np.flatnonzero(scores >= reach - _MOST - 1e-3)  # the others lose to `best` even with the largest noise
+    able = np.flatnonzero(scores >= reach - _MOST - _SLACK)  # the others lose to `best` even with the largest noise
+    if len(able) > _FEW:
+        hopes = []
+        for span in (able[start : start + _SPAN] for start in range(0, len(able), _SPAN)):
+            near, words = scores[span].astype(np.float64), _words(tokens[span], seed, position)
+            bounds = near + _bound(words)
+            likely = int(bounds.argmax())
+            reach = max(reach, float(near[likely] + _noise(words[likely : likely + 1])[0]))
+            hopes.append(span[bounds >= reach - _SLACK])
+        able = np.concatenate(hopes)
     noisy = scores[able].astype(np.float64) + gumbel(tokens[able], seed, position)
     return int(tokens[able[noisy.argmax()]])
 
@@ -160,11 +204,36 @@ def gumbel(tokens: Ids, seed: int, position: int) -> npt.NDArray[np.float64]:
     u is `philox_uniform((vocabulary,), seed, draw=position)[token]`, for any vocabulary: token t is word t mod 4 of the
     block with counter (t div 4, 0, position, 0) under the key `seed`.
     """
-    tokens = np.asarray(tokens, np.int64)
+    return _noise(_words(np.asarray(tokens, np.int64), seed, position))
+
+
+def uniforms(count: int, seed: int, position: int) -> npt.NDArray[np.float64]:
+    """Random numbers in [0, 1) for the decisions of an acceptance rule at a position: float64 (count,).
+
+    Number k has the upper 27 and 26 bits of words 2k and 2k + 1 of Philox stream 1 (`philox_u32` with `draw=position`,
+    `stream=1`). Gumbel noise is stream 0, so drafts drawn with it are independent of these.
+    """
+    words = philox_u32((count, 2), seed, position, stream=1).astype(np.float64) // (32.0, 64.0)
+    return np.asarray((words[:, 0] * 2.0**26 + words[:, 1]) * 2.0**-53)
+
+
+def _words(tokens: Ids, seed: int, position: int) -> U32:
+    """The random word of each token."""
     key = (seed & 0xFFFFFFFF, seed >> 32)
-    last = int(tokens.max()) // _LANES
-    many = len(tokens) > last  # then drawing every block once is less work
-    blocks = np.arange(last + 1) if many else tokens // _LANES
-    words = np.stack(philox4x32((blocks.astype(np.uint64), 0, position, 0), key))
-    picked = words[tokens % _LANES, tokens // _LANES if many else np.arange(len(tokens))]
-    return -np.log(-np.log((picked.astype(np.float64) + 0.5) * 2.0**-32))
+    first, last = int(tokens.min()) // _LANES, int(tokens.max()) // _LANES
+    many = len(tokens) > last - first  # then drawing every block once is less work
+    blocks = np.arange(first, last + 1) if many else tokens // _LANES
+    words = np.stack(philox4x32((blocks.astype(np.uint64), 0, position, 0), key), axis=-1)
+    picked: U32 = words.reshape(-1)[tokens - first * _LANES] if many else words[np.arange(len(tokens)), tokens % _LANES]
+    return picked
+
+
+def _noise(words: U32) -> npt.NDArray[np.float64]:
+    """-log(-log u) of u = (word + 1/2) / 2^32."""
+    return -np.log(-np.log((words.astype(np.float64) + 0.5) * 2.0**-32))
+
+
+def _bound(words: U32) -> Row:
+    """The noise or more, up to `_SLACK`, for one quick logarithm: -log(-log u) <= -log(1 - u)."""
+    rest = (~words).astype(np.float32) * np.float32(2.0**-32) + np.float32(2.0**-33)
+    return np.asarray(-np.log(rest))

@@ -2,13 +2,18 @@
 
 `score` is given all tokens every time and computes what its cache lacks, so prefill, a shared prefix, a rollback and
 taking over from somebody else are one path.
+
+An engine picks its kernels by the number of rows in a run, and kernels round differently: on a CPU a lone row goes its
+own way, with some kernels also the last of an odd number. So the rows of a run can be filled up to a multiple of a
+granule, for text with drafts to be bit for bit the text without (`probe.classify` finds the granule of a graph).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import takewhile
-from typing import NamedTuple, Protocol
+from types import MappingProxyType
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
@@ -19,15 +24,25 @@ from edgekit.runtime.llm.feeds import DIALECTS, Bias
 from edgekit.runtime.llm.kv import KVCache
 from edgekit.runtime.llm.tree import TokenTree
 
+if TYPE_CHECKING:
+    from edgekit.runtime.llm.prefix import PrefixStore
+
 CHUNK = 512  # tokens per prefill run: large enough for matrix products, small enough for the bias to stay small
 ROOT_ALONE = (0,)
 FEW = 64  # up to this many rows the id buffers are kept between runs
+NOTHING: Mapping[str, Array] = MappingProxyType({})
 
 
 class Scores(NamedTuple):
-    """What the model says after each node: `logits`, float32 (nodes, vocabulary), valid until the next `score`."""
+    """What the model says after each node; valid until the next `score`.
+
+    Attributes:
+        logits: float32 (nodes, vocabulary).
+        extra: the graph's other outputs, such as `hidden.3`, each (nodes, width).
+    """
 
     logits: Array
+    extra: Mapping[str, Array] = NOTHING
 
 
 class Verifier(Protocol):
@@ -49,12 +64,25 @@ class LocalVerifier:
         session: the part that `decoding` names.
         decoding: dialect, cache layout, context length and window of the graph.
         chunk: tokens per prefill run.
+        granule: rows of every run are filled up to a multiple of this, but for the last few of the context.
+        prefixes: keys and values of earlier texts, to begin from.
 
     Raises:
         BadManifest: a graph whose inputs are not its dialect's.
     """
 
-    def __init__(self, session: Session, decoding: Decoding, *, chunk: int = CHUNK) -> None:
+    def __init__(
+        self,
+        session: Session,
+        decoding: Decoding,
+        *,
+        chunk: int = CHUNK,
+        granule: int = 1,
+        prefixes: PrefixStore | None = None,
+    ) -> None:
+        self.granule = granule
+        self.prefixes = prefixes
+        self._session, self._decoding = session, decoding
         self.context_length = decoding.context_length
         self.vocab_size = decoding.vocab_size
         self._chunk = chunk
@@ -65,8 +93,10 @@ class LocalVerifier:
         self._biases = [Bias(name, windows[name], decoding.kv.dtype) for name in windows if name in names]
         if "attention_bias_sliding" in names and decoding.sliding_window is None:
             raise BadManifest("the decoder has an attention_bias_sliding input and its manifest no sliding_window")
+        shared = ("logits", "present.")
+        self.extra = tuple(spec.name for spec in session.outputs if not spec.name.startswith(shared))
         self._logits = np.zeros(decoding.vocab_size, np.float32)
-        self._buffers: dict[tuple[int, int], tuple[dict[str, Array], dict[str, Array]]] = {}
+        self._buffers: dict[tuple[int, int, int, int], tuple[dict[str, Array], dict[str, Array]]] = {}
         self._cached: tuple[int, ...] = ()  # the tokens whose keys and values lie in slots 0, 1, ...
         self._pending: TokenTree | None = None  # the tree in the slots after them
 
@@ -82,6 +112,33 @@ class LocalVerifier:
         if tokens[:same] != cached:
             same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(cached, tokens, strict=False)))
         return min(same, len(tokens) - 1)
+
+    def recall(self, tokens: tuple[int, ...]) -> int:
+        """Bring the cache to the longest known beginning of `tokens`, own or stored; how many of them it covers."""
+        same = self.shared(tokens)
+        if same < len(self._cached):
+            self.rollback(same)
+        self._pending = None
+        if self.prefixes is not None and same < len(tokens) - 1:
+            stored = min(self.prefixes.longest(tokens), len(tokens) - 1)
+            if stored > same:
+                self._kv.reserve(stored, same)
+                self._kv.restore(same, self.prefixes.fetch(tokens, same, stored))
+                self._cached, same = tokens[:stored], stored
+        return same
+
+    def remember(self) -> None:
+        """Put what is cached into the prefix store, where there is one."""
+        if self.prefixes is not None:
+            self.prefixes.insert(self._cached, self._kv.snapshot)
+
+    def fork(self) -> LocalVerifier:
+        """An independent verifier on the same graph that remembers the same tokens."""
+        twin = LocalVerifier(
+            self._session, self._decoding, chunk=self._chunk, granule=self.granule, prefixes=self.prefixes
+        )
+        twin._kv, twin._cached = self._kv.fork(len(self._cached)), self._cached
+        return twin
 
     def rollback(self, length: int) -> None:
         """Forget all but the first `length` cached tokens; nothing is moved."""
@@ -101,21 +158,19 @@ class LocalVerifier:
         """
         if not tokens or tree.tokens[0] != tokens[-1]:
             raise BadRequest(f"a tree hangs from the last token of the text; the text ends {tokens[-3:]}, {tree=}")
-        same = self.shared(tokens)
-        if same < len(self._cached):
-            self.rollback(same)
-        self._pending = None
+        same = self.recall(tokens)
         lead = tokens[same:-1]
         self._check((*lead, *tree.tokens))
-        self._kv.reserve(len(tokens) - 1 + len(tree), same)
+        last = len(tokens) - 1 + len(tree)
+        self._kv.reserve(max(last, min(last + self.granule - 1, self.context_length)), same)
         while lead and len(lead) + len(tree) > self._chunk:
             piece, lead = lead[: self._chunk], lead[self._chunk :]
             self._run(TokenTree.chain(piece[0], piece[1:]), wanted=1)
             self._cached += piece
-        logits = self._score(lead, tree)
+        scores = self._score(lead, tree)
         self._cached += lead
         self._pending = tree
-        return Scores(logits)
+        return scores
 
     def keep(self, path: Sequence[int]) -> None:
         """Move the rows of the accepted nodes together; the rest of the tree is forgotten.
@@ -141,52 +196,70 @@ class LocalVerifier:
         self._cached += tuple(tree.tokens[node] for node in path)
         self._pending = None
 
-    def _score(self, lead: tuple[int, ...], tree: TokenTree) -> Array:
+    def _score(self, lead: tuple[int, ...], tree: TokenTree) -> Scores:
         """Run `lead` and `tree` together, rows of the tree alone."""
         whole = tree.after(lead)
         if self._cached or whole.is_chain or not self._feeds.empty_means_causal:
             return self._run(whole, wanted=len(tree))
         # The root goes first, so that the branches meet a cache that is not empty.
         stem = TokenTree.chain(whole.tokens[0], whole.tokens[1 : len(lead) + 1])
-        first = self._run(stem, wanted=1).copy()
+        first = self._run(stem, wanted=1)
+        kept = first.logits.copy(), {name: value.copy() for name, value in first.extra.items()}
         rest = self._run(whole, wanted=len(tree) - 1, skip=len(stem))
-        return np.concatenate([first, rest])
+        joined = {name: np.concatenate([value, rest.extra[name]]) for name, value in kept[1].items()}
+        return Scores(np.concatenate([kept[0], rest.logits]), joined)
 
-    def _run(self, tree: TokenTree, *, wanted: int, skip: int = 0) -> Array:
-        """Feed the nodes from `skip` on; logits of the last `wanted` of them, float32 (wanted, vocabulary).
+    def _run(self, tree: TokenTree, *, wanted: int, skip: int = 0) -> Scores:
+        """Feed the nodes from `skip` on; the rows of the last `wanted` of them.
 
         The slots before node 0 hold `self._cached`; the nodes before `skip` are in the cache already.
         """
         base, count = len(self._cached), len(tree) - skip
+        spare = -count % self.granule
+        if spare and base + len(tree) + spare <= self.context_length:  # copies of the last node, one below the other
+            tree = TokenTree(
+                (*tree.tokens, *tree.tokens[-1:] * spare), (*tree.parents, *range(len(tree) - 1, len(tree) + spare - 1))
+            )
+        else:
+            spare = 0
+        count += spare
         total = base + len(tree)
-        feeds, into = self._rows(count, wanted)
+        feeds, into = self._rows(count, wanted, spare)
         feeds["input_ids"][0] = tree.tokens[skip:]
         feeds["position_ids"][0] = [base + depth for depth in tree.depths[skip:]]
         self._feeds.place(total, count)
         width = self._feeds.width(total, self._kv.capacity)
         for bias in self._biases:
             feeds[bias.name] = bias.fill(base, tree, skip, width)
-        self._kv.binding.run(feeds, into)
-        logits: Array = into["logits"][0]
-        return logits
+        out = self._kv.binding.run(feeds, into)
+        logits: Array = out["logits"][0][:wanted]
+        return Scores(logits, {name: out[name][0][:wanted] for name in self.extra} if self.extra else NOTHING)
 
-    def _rows(self, count: int, wanted: int) -> tuple[dict[str, Array], dict[str, Array]]:
-        """The arrays that a run of `count` tokens is fed from and answers to; small runs find theirs again, bound."""
-        if wanted * self.vocab_size > self._logits.size:
-            self._logits = np.zeros(wanted * self.vocab_size, np.float32)
+    def _rows(self, count: int, wanted: int, spare: int) -> tuple[dict[str, Array], dict[str, Array]]:
+        """The arrays that a run is fed from and answers to; small runs find theirs again, bound.
+
+        Args:
+            count: tokens, `spare` of them at the end there for company only.
+            wanted: rows before these; the last of them is asked for again to fill up the granule.
+            spare: see `count`.
+        """
+        made = wanted + -wanted % self.granule
+        if made * self.vocab_size > self._logits.size:
+            self._logits = np.zeros(made * self.vocab_size, np.float32)
             self._buffers.clear()
-        found = self._buffers.get((count, wanted))
+        found = self._buffers.get((count, spare, wanted, made))
         if found is None:
+            end = count - spare
             feeds: dict[str, Array] = {
                 "input_ids": np.zeros((1, count), np.int64),
                 "position_ids": np.zeros((1, count), np.int64),
-                "rows": np.arange(count - wanted, count, dtype=np.int64),
+                "rows": np.minimum(np.arange(end - wanted, end - wanted + made, dtype=np.int64), end - 1),
                 **self._feeds.arrays,
             }
-            logits = self._logits[: wanted * self.vocab_size].reshape(1, wanted, self.vocab_size)
+            logits = self._logits[: made * self.vocab_size].reshape(1, made, self.vocab_size)
             found = feeds, {"logits": logits}
             if count <= FEW:
-                self._buffers[count, wanted] = found
+                self._buffers[count, spare, wanted, made] = found
         return found
 
     def _check(self, ids: tuple[int, ...]) -> None:

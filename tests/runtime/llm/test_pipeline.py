@@ -41,7 +41,7 @@ def open_bundle(tmp_path, monkeypatch):
             tokenizers={"default": spec},
             decoding=Decoding(**fields),
         )
-        monkeypatch.setattr(module, "open_session", lambda graph, device, threads: lm.session())
+        monkeypatch.setattr(module, "open_session", lambda graph, device, **options: lm.session())
         return TextPipeline(FakeBundle(tmp_path, manifest))
 
     return make
@@ -186,7 +186,7 @@ def test_an_interrupt_spoils_nothing(open_bundle, monkeypatch):
             raise KeyboardInterrupt
         return out
 
-    session = pipe._verifier._kv._session
+    session = pipe.verifier._kv._session
     monkeypatch.setattr(session, "_answer", impatient.__get__(FakeLM()))
     with pytest.raises(KeyboardInterrupt):
         pipe.generate("abcde", max_new_tokens=12)

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgekit.errors import BadRequest, SessionFailed
-from edgekit.runtime.llm.probs import Sampling, gumbel, penalize, survivors
-from edgekit.runtime.random import philox_uniform
+from edgekit.runtime.llm.probs import Sampling, gumbel, penalize, survivors, uniforms
+from edgekit.runtime.random import philox_u32, philox_uniform
 
 
 def row(seed: int, size: int = 500, spread: float = 4.0) -> np.ndarray:
@@ -117,6 +117,74 @@ def test_leaving_out_hopeless_tokens_changes_no_draw(seed, length, spread):
     assert Sampling(temperature=1.0, seed=seed)(logits, (0,) * length) == noisy.argmax()
 
 
+@pytest.mark.parametrize("vocabulary", [2048, 2049, 40_001])
+@pytest.mark.parametrize("spread", [0.0, 0.3, 4.0, 300.0])
+@pytest.mark.parametrize("shift", [0.0, -3e4])
+def test_bounded_noise_changes_no_draw(vocabulary, spread, shift):
+    """Large vocabularies get bounds first, span by span: flat or steep, far from zero, with tokens shut out or tied."""
+    for seed in range(6):
+        logits = (row(seed, vocabulary, spread) + shift).astype(np.float32)
+        logits[np.random.default_rng(seed).integers(0, vocabulary, 50)] = -np.inf
+        temperature = (0.05, 0.7, 1.9)[seed % 3]
+        noisy = (logits / np.float32(temperature)).astype(np.float64) + gumbel(np.arange(vocabulary), seed, 7)
+        assert Sampling(temperature=temperature, seed=seed)(logits, (0,) * 7) == noisy.argmax()
+
+
+def test_drawing_writes_to_nothing_shared():
+    """The list of all tokens is shared by every draw, so it cannot be written to."""
+    with pytest.raises(ValueError, match="read-only"):
+        survivors(row(0))[0] = 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 999),
+    st.sampled_from([0.4, 1.0, 1.7]),
+    st.sampled_from([{}, {"top_k": 7}, {"top_p": 0.6}, {"min_p": 0.1}, {"top_k": 30, "top_p": 0.9, "min_p": 0.01}]),
+    st.sampled_from([1.0, 1.4]),
+)
+def test_the_law_is_the_softmax_of_what_the_filters_leave(seed, temperature, filters, penalty):
+    """In float64: penalty, then temperature, then the filters, and nothing else has any mass."""
+    logits, context = row(seed, 200), (3, 9, 9, 150)
+    law = Sampling(temperature=temperature, repetition_penalty=penalty, seed=seed, **filters).law(logits, context)
+    scores = penalize(logits, context, penalty) / np.float32(temperature)
+    kept = survivors(scores, **filters)
+    weights = np.exp(scores[kept].astype(np.float64))
+    assert law.dtype == np.float64
+    assert np.flatnonzero(law).tolist() == kept.tolist()
+    np.testing.assert_allclose(law[kept], weights / weights.sum(), rtol=1e-12)
+    assert law.sum() == pytest.approx(1, abs=1e-12)
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_k": 3}, {"top_p": 0.7}, {"min_p": 0.2}])
+def test_draws_over_seeds_follow_the_law(filters):
+    """Pearson's statistic of 3,000 draws over seeds is within four standard deviations of its mean."""
+    logits, context = row(3, 8, 1.0), (5, 5)
+    law = Sampling(temperature=0.9, repetition_penalty=1.2, **filters).law(logits, context)
+    draws = [Sampling(0.9, repetition_penalty=1.2, seed=seed, **filters)(logits, context) for seed in range(3000)]
+    found = np.bincount(draws, minlength=len(law))
+    assert not found[law == 0].any()
+    expected, freedom = 3000 * law[law > 0], (law > 0).sum() - 1
+    statistic = ((found[law > 0] - expected) ** 2 / expected).sum()
+    assert abs(statistic - freedom) < 4 * math.sqrt(2 * freedom) + 1
+
+
+def test_the_greedy_law_is_certain():
+    """One token has it all, the first of the best, whatever the filters; the penalty counts."""
+    logits = np.array([0.0, 3.0, 1.0, 3.0], np.float32)
+    assert Sampling(top_k=2, top_p=0.5).law(logits, (0,)).tolist() == [0, 1, 0, 0]
+    assert Sampling(repetition_penalty=1.5).law(logits, (1,)).tolist() == [0, 0, 0, 1]
+
+
+@given(st.integers(0, 2**64 - 1), st.integers(0, 2**31), st.integers(1, 9))
+def test_uniforms_have_an_address(seed, position, count):
+    """Number k is the documented function of words 2k and 2k + 1 of stream 1, however many are asked for."""
+    words = philox_u32((2 * count,), seed, draw=position, stream=1).tolist()
+    expected = [((words[2 * k] >> 5) * 2**26 + (words[2 * k + 1] >> 6)) / 2**53 for k in range(count)]
+    assert uniforms(count, seed, position).tolist() == expected
+    assert uniforms(count + 3, seed, position)[:count].tolist() == expected
+
+
 def test_greedy_is_the_largest_and_of_equals_the_first():
     """Temperature 0 has no noise, whatever the filters and the seed."""
     logits = np.array([0.0, 3.0, 1.0, 3.0], np.float32)
@@ -134,6 +202,8 @@ def test_logits_that_are_no_numbers_are_an_error(bad):
     """An overflowed model is reported, not sampled from."""
     with pytest.raises(SessionFailed, match="overflowed"):
         Sampling()(np.array([0.0, bad, 1.0], np.float32), (1,))
+    with pytest.raises(SessionFailed, match="overflowed"):
+        Sampling(temperature=1.0).law(np.array([0.0, bad, 1.0], np.float32), (1,))
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ class HalfRight:
     def __init__(self, text: list[int], vocab: int) -> None:
         self.text, self.vocab, self.random = text, vocab, np.random.default_rng(0)
 
-    def propose(self, tokens):
+    def propose(self, tokens, ask):
         nodes, parents, at = [tokens[-1]], [-1], 0
         for right in self.text[len(tokens) : len(tokens) + int(self.random.integers(0, 5))]:
             wrong = (right + int(self.random.integers(1, self.vocab))) % self.vocab
@@ -101,7 +101,7 @@ class HalfRight:
             at = len(nodes) - 2 + pair.index(right)
         return TokenTree(tuple(nodes), tuple(parents))
 
-    def observe(self, step, scores):
+    def observe(self, tree, step, scores):
         pass
 
 
@@ -121,7 +121,7 @@ def test_every_family_writes_what_transformers_writes(case, dialect, tiny_model,
             PROMPT,
             drafter=HalfRight([*PROMPT, *right], tiny.VOCAB),
             verifier=verifier,
-            accept=partial(own_draw, draw=Sampling(), ends=decoding.eos),
+            accept=partial(own_draw, draw=Sampling()),
             ends=decoding.eos,
             max_new_tokens=LENGTH,
         )
@@ -156,8 +156,8 @@ def test_sampled_text_does_not_depend_on_drafts(bundle_of):
     sampling = Sampling(temperature=0.9, top_p=0.95, seed=11)
 
     def text(drafter: Any) -> list[int]:
-        verifier, decoding = open_verifier(path)
-        accept = partial(own_draw, draw=sampling, ends=decoding.eos)
+        verifier, _ = open_verifier(path)
+        accept = partial(own_draw, draw=sampling)
         steps = generate(prompt, drafter=drafter, verifier=verifier, accept=accept, max_new_tokens=40)
         return [token for step in steps for token in step.tokens]
 
