@@ -3,7 +3,7 @@
 A random checkpoint of Qwen2.5-0.5B's shape (24 layers, 2 KV heads of 64, vocabulary 151,936) is exported at int4 and
 decoded; the engine's run call is timed apart, and what is left is ours. Samplers are timed on rows of that vocabulary.
 
-    python benchmarks/decode_overhead.py [--tokens 64] [--rounds 5] [--threads 2] [--shared]
+    python benchmarks/decode_overhead.py [--tokens 64] [--rounds 5] [--threads 2] [--no-spinning]
 """
 
 from __future__ import annotations
@@ -191,9 +191,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument(
-        "--shared", dest="alone", action="store_false", help="as beside another session on the same cores"
-    )
+    parser.add_argument("--no-spinning", dest="spinning", action="store_false", help="let waiting threads sleep")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         source, staging = Path(temporary) / "source", Path(temporary) / "export"
@@ -201,10 +199,12 @@ def main() -> None:
         staging.mkdir()
         manifest = export_language(source, staging, precision="int4")
         assert manifest.decoding is not None
-        session = open_session(staging / manifest.parts["decoder"].graph, "cpu", threads=args.threads, alone=args.alone)
+        session = open_session(
+            staging / manifest.parts["decoder"].graph, "cpu", threads=args.threads, spinning=args.spinning
+        )
         rows = decode_rows(args, session, manifest.decoding)
     rows += sampling_rows(100)
-    record("decode_overhead", [{**row, "threads": args.threads, "alone": args.alone} for row in rows])
+    record("decode_overhead", [{**row, "threads": args.threads, "spinning": args.spinning} for row in rows])
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -40,6 +41,7 @@ KINDS: Mapping[str, Mapping[str, Any]] = {  # the prompts of a kind of text, and
     "code": {"of": "code"},
     "code, T=1.3, top-p 0.95": {"of": "code", "temperature": 1.3, "top_p": 0.95},
 }
+SETTLE = 0.05  # seconds: threads of the session before still wait awake for a while
 Run = tuple[str, str]  # kind, drafter
 
 
@@ -85,6 +87,7 @@ def compare(pipes: Mapping[str, TextPipeline], args: argparse.Namespace) -> dict
                 turn += 1
                 for name in names[turn % len(names) :] + names[: turn % len(names)]:
                     options["seed"] = turn
+                    time.sleep(SETTLE)
                     found[kind, name].append(pipes[name].generate(prompt, max_new_tokens=args.tokens, **options))
         print(f"round {number + 1} of {args.rounds} done", file=sys.stderr)
     return found

@@ -48,7 +48,7 @@ POLICIES = {
     "both spin": Policy(),
     "both sleep": Policy({SPIN: "0"}, {SPIN: "0"}),
     "both spin, stopped after each run": Policy({STOP: "1"}, {STOP: "1"}),
-    **{f"both spin for {us} us": Policy({SPELL: us}, {SPELL: us}) for us in ("20", "50", "200", "1000")},
+    **{f"both spin for {us} us": Policy({SPELL: us}, {SPELL: us}) for us in ("50", "200", "500", "1000", "2000")},
     "both spin for 50 us, stopped after each run": Policy({SPELL: "50", STOP: "1"}, {SPELL: "50", STOP: "1"}),
     "target spins, draft sleeps": Policy({}, {SPIN: "0"}),
     "target spins, draft on one thread": Policy({}, {}, draft_threads=1),

@@ -12,7 +12,6 @@ from edgekit.bundle.manifest import TensorSpec
 from edgekit.errors import DeviceMissing, SessionFailed, UnknownDevice
 from edgekit.runtime.backends import BACKENDS, Session, devices, open_session
 from edgekit.runtime.backends.fake import FakeSession
-from edgekit.runtime.backends.ort import SPELL
 
 onnx = pytest.importorskip("onnx")
 
@@ -244,12 +243,9 @@ def test_every_backend_of_the_table_is_there():
         assert callable(import_module(f"edgekit.runtime.backends.{module}").open_session)
 
 
-def test_sessions_that_share_cores_wait_awake_for_a_spell(tmp_path):
-    """The option reaches the engine, which has none of its own for a session that is alone."""
-    graph = counting_graph(tmp_path / "counting.onnx")
-    entry = "session.intra_op.spin_duration_us"
-    shared = open_session(graph, "cpu", threads=2, alone=False)._engine.get_session_options()
-    assert shared.get_session_config_entry(entry) == SPELL
-    alone = open_session(graph, "cpu", threads=2)._engine.get_session_options()
-    with pytest.raises(RuntimeError, match=entry):
-        alone.get_session_config_entry(entry)
+@pytest.mark.parametrize("spinning", [True, False])
+def test_waiting_threads_do_as_they_are_told(tmp_path, spinning):
+    """The option reaches the engine, where a draft beside its target needs it off."""
+    session = open_session(counting_graph(tmp_path / "counting.onnx"), "cpu", threads=2, spinning=spinning)
+    entry = session._engine.get_session_options().get_session_config_entry("session.intra_op.allow_spinning")
+    assert entry == str(int(spinning))

@@ -64,14 +64,14 @@ class Session(Protocol):
         """A fresh set of bound buffers."""
 
 
-def open_session(graph: Path, device: str = "cpu", *, threads: int = 0, alone: bool = True) -> Session:
+def open_session(graph: Path, device: str = "cpu", *, threads: int = 0, spinning: bool = True) -> Session:
     """Load one graph.
 
     Args:
         graph: an ONNX file, its external data beside it.
         device: a name in BACKENDS, with an optional index (`cuda:1`).
         threads: of the inference engine; 0 leaves the choice to it.
-        alone: no other session takes turns with this one on the same cores.
+        spinning: let waiting threads stay awake; off for a session that takes turns with one that does so.
 
     Raises:
         UnknownDevice: no backend of this name.
@@ -82,5 +82,5 @@ def open_session(graph: Path, device: str = "cpu", *, threads: int = 0, alone: b
     if name not in BACKENDS:
         raise UnknownDevice(f"no backend for {device!r}; known devices: {', '.join(BACKENDS)}")
     module = import_module(f"{__name__}.{BACKENDS[name]}")
-    session: Session = module.open_session(graph, device, threads=threads, alone=alone)
+    session: Session = module.open_session(graph, device, threads=threads, spinning=spinning)
     return session

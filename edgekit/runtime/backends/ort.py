@@ -21,7 +21,6 @@ from edgekit.runtime.backends import Array
 from edgekit.runtime.backends.devices import PROVIDER_OF, engine
 
 EXTRAS = {"cpu": "edgekit[cpu] (onnxruntime)", "cuda": "edgekit[gpu] (onnxruntime-gpu)"}
-SPELL = "200"
 DTYPES: dict[str, DType] = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
@@ -36,16 +35,16 @@ DTYPES: dict[str, DType] = {
 }
 
 
-def open_session(graph: Path, device: str = "cpu", *, threads: int = 0, alone: bool = True) -> OrtSession:
+def open_session(graph: Path, device: str = "cpu", *, threads: int = 0, spinning: bool = True) -> OrtSession:
     """Load one graph with ONNX Runtime.
 
     Args:
         graph: an ONNX file, its external data beside it.
         device: `cpu`, `cuda` or `cuda:N`.
         threads: inside one operator; 0 takes one per physical core.
-        alone: worker threads wait for the next operator awake for as long as they like. Sessions that take turns on
-            the same cores, a draft and its target, then fight each other: a cycle of the two takes twice as long, and
-            sleeping at once costs a quarter. So theirs wait awake for `SPELL` microseconds (benchmarks/threads.py).
+        spinning: worker threads wait for the next operator awake. Of a target and a draft that take turns on the same
+            cores one may do so: if both do, they fight, and a cycle takes twice as long. The target's do, so that
+            ordinary decoding is as fast as without a draft; the draft's sleep (benchmarks/threads.py).
 
     Raises:
         UnknownDevice: neither `cpu` nor `cuda[:N]`.
@@ -57,8 +56,7 @@ def open_session(graph: Path, device: str = "cpu", *, threads: int = 0, alone: b
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    if not alone:
-        options.add_session_config_entry("session.intra_op.spin_duration_us", SPELL)
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
     providers: list[Any] = [(PROVIDER_OF["cuda"], {"device_id": index})] if kind == "cuda" else []
     providers.append(PROVIDER_OF["cpu"])
     with _translated(f"{graph.name} on {device}"):

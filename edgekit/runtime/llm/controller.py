@@ -33,12 +33,15 @@ BUSHIEST = 32  # nodes of a tree
 RANKS = 3  # siblings
 CHEAP = 0.03  # a drafter whose level takes less of a plain step is asked for all it may be lucky with
 FLAT = 1.5  # trees are thought about where four rows cost less than this many times one
-REPLAN = 8  # steps with drafts between two plans
+REPLAN, SETTLED = 8, 64  # steps with drafts between two plans: at first, and once nothing changes
 FIRST_REST, LONGEST_REST = 64, 1024  # tokens
 PROBES = 4  # steps with drafts that a probe takes
 PROBED_DEPTH = 2
 LOOSE = 4.0  # drafts of each kind that what is known counts for in a probe
 ANCHOR = 64  # steps with drafts after which one step goes without, so that its cost stays known
+FOLLOWS = 16  # tokens that a drafter may have missed and still drafts as fast as ever
+GLANCE = 8  # steps at rest between two that are timed
+ROOT = (-1,)
 NOTHING = Shape.chain(0)
 
 
@@ -51,10 +54,12 @@ class Arm:
         mode: speculating, resting, or probing.
         plan: what to ask for; None is to be made.
         planned: steps with drafts since the plan was made.
+        every: so many of them until the next.
         rest: tokens that the next rest takes, and offers in a row that may be declined before a probe.
         until: the count of tokens at which it ends.
         probes: steps with drafts left of a probe.
         gained: plain steps that the probe gained so far.
+        seen: tokens of the text that it was asked to follow.
         declined: offers in a row that were not worth scoring.
     """
 
@@ -62,10 +67,12 @@ class Arm:
     mode: Mode = "speculating"
     plan: Plan | None = None
     planned: int = 0
+    every: int = REPLAN
     rest: int = FIRST_REST
     until: int = 0
     probes: int = 0
     gained: float = 0.0
+    seen: int = 0
     declined: int = 0
 
 
@@ -103,21 +110,24 @@ class Controller:
         self._arms = {name: Arm(name) for name in members}
         self._made = 0  # tokens ever
         self._since_plain = 0  # steps with drafts
-        self._busy = ""  # whose drafts the step before had
         self._asked: list[str] = []  # for drafts in this step
-        self._began = self._drafting = self._accepting = 0.0
-        self._levels = 0  # of the tree as it was drafted
-        self.total = Tally()
+        self._began = self._proposing = self._drafting = self._accepting = 0.0
+        self._length = 0  # of the text
+        self._source, self._levels = "", 0  # of the tree as it was drafted
+        self._asleep = 0  # the count of tokens until which every drafter rests
+        self._past, self.tally = Tally(), Tally()  # of the texts before, of this one
         self.begin()
 
     def begin(self) -> None:
-        """A new text: its prompt comes first, and drafters that rest may try again as soon as credit allows."""
+        """A new text: its prompt comes first, and drafters that rest do so for half as long."""
         self._prompt = True
-        self._busy = ""
+        self._asleep = 0
+        self._past.merge(self.tally)
         self.tally = Tally()
         self.credit.begin()
         for arm in self._arms.values():
-            arm.until = min(arm.until, self._made)
+            arm.seen = 0
+            arm.until -= max(0, arm.until - self._made) // 2
 
     def timed(self, rule: Accept) -> Accept:
         """The same rule; the time it takes is not taken for verification."""
@@ -135,18 +145,27 @@ class Controller:
         curve = self.prices.curve
         relative = {rows: round(curve.relative(rows), 3) for rows in curve.rows}
         modes: dict[str, Mode] = {arm.name: arm.mode for arm in self._arms.values()}
-        tally = self.total if total else self.tally
+        tally = Tally()
+        for part in (self._past, self.tally) if total else (self.tally,):
+            tally.merge(part)
         return tally.stats(self.name, self.prices.plain, relative, modes)
 
     def propose(self, tokens: tuple[int, ...], ask: Ask) -> TokenTree:
         """The part of a drafter's tree that is worth scoring; the root alone with the prompt and at rest."""
         start = self._clock()
-        tree, self._levels = TokenTree(tokens[-1:], (-1,)), 0
+        tree, self._length, self._levels, self._source = TokenTree(tokens[-1:], ROOT), len(tokens), 0, ""
+        if self._made < self._asleep:
+            self._began, self._drafting, self._accepting = start, 0.0, 0.0
+            return tree
         shapes = {} if self._prompt or self._anchors() else self._shapes()
         self._asked = [name for name, shape in shapes.items() if len(shape.parents) > 1]
+        if shapes and not self._asked:
+            self._asleep = min(arm.until for arm in self._arms.values())
         if self._asked:
+            asked = self._clock()
             tree = self._drafter.propose(tokens, ask._replace(shape=next(iter(shapes.values())), shapes=shapes))
-            self._levels = max(tree.depths)
+            self._proposing = self._clock() - asked
+            self._levels, self._source = max(tree.depths), self._origin(tree)
             if self._may_prune and len(tree) > 1:
                 tree = self._worthwhile(tree)
         self._began = self._clock()
@@ -161,16 +180,27 @@ class Controller:
             self._prompt = False
             self._drafter.observe(tree, step, scores)
             return
+        if self._made <= self._asleep:
+            self._doze(verifying, len(step.tokens))
+            self._drafter.observe(tree, step, scores)
+            return
         self._count(tree, step)
         start = self._clock()
         self._drafter.observe(tree, step, scores)
         self._drafting += self._clock() - start
-        for tally in (self.tally, self.total):
-            tally.add(tree, step, drafter=self.name)
-            tally.time(self._drafting, verifying, self._accepting)
+        self.tally.add(tree, step, drafter=self.name)
+        self.tally.time(self._drafting, verifying, self._accepting)
         gained = self._learn_cost(tree, step, verifying)
         if self._fixed is None:
             self._decide(tree, gained)
+
+    def _doze(self, verifying: float, tokens: int) -> None:
+        """A step while every drafter rests, which must cost next to nothing."""
+        self.tally.plain(tokens)
+        self.tally.time(0.0, verifying, self._accepting)
+        self.credit.grow(tokens)
+        if self._made % GLANCE == 0:
+            self.prices.saw_plain(verifying)
 
     # Asking
 
@@ -186,13 +216,20 @@ class Controller:
 
     def _shape(self, arm: Arm) -> Shape:
         """The plan's, as far as credit allows; less while too little is known of the drafter."""
-        if not self._affords(arm, 1) or (arm.mode == "resting" and self._made < arm.until):
+        if arm.mode == "resting" and self._made < arm.until:
+            return NOTHING
+        if not self._affords(arm, 1):
+            arm.until = max(arm.until, self._made + self.credit.wait(self._loss(arm, 1)))
             return NOTHING
         if arm.mode == "resting":
             self._probe(arm, "tried again")
         if not self.prices.knows(arm.name):
             return Shape.chain(1)
         arm.plan = arm.plan or self._plan(arm)
+        if arm.plan.speedup <= 1 and arm.mode == "speculating":
+            rate = self.calibration.typical(arm.name, 0, 1)
+            self._rest(arm, f"{rate:.0%} of its first drafts stand, which pays at no depth")
+            return NOTHING
         depth = arm.plan.shape.depth
         if arm.mode == "probing":
             depth = max(depth, min(PROBED_DEPTH, self._deepest))
@@ -255,21 +292,34 @@ class Controller:
 
     def _learn_cost(self, tree: TokenTree, step: Accepted, seconds: float) -> float:
         """Move prices towards what the step took, and settle what drafts gained or lost, in plain steps."""
-        drafter = self._origin(tree)
-        plain = self.prices.plain
+        plain, drafting = self.prices.plain, self._learn_draft()
         if len(tree) == 1:
             self.prices.saw_plain(seconds)
             self._since_plain = 0
-            gained = -self._drafting / plain
+            gained = -drafting / plain
         else:
-            if drafter == self._busy and self._levels:
-                self.prices.saw_draft(drafter, self._levels, self._drafting)
             seconds = self.prices.saw_run(len(tree), seconds)
             self._since_plain += 1
-            gained = len(step.tokens) - (seconds + self._drafting) / plain
+            gained = len(step.tokens) - (seconds + drafting) / plain
         self.credit.grow(len(step.tokens), gained)
-        self._busy = drafter
         return gained
+
+    def _learn_draft(self) -> float:
+        """Move the price of drafting; the seconds of it that count against credit."""
+        arm = self._arms.get(self._source)
+        missed = 0 if arm is None else self._length - arm.seen
+        for name in self._asked:
+            self._arms[name].seen = self._length
+            if name == self._source:
+                break
+        if arm is None or not self._levels:
+            return self._drafting
+        if missed <= FOLLOWS:
+            self.prices.saw_draft(arm.name, self._levels, self._proposing)
+            return self._drafting
+        more = max(0.0, self._proposing - self._levels * self.prices.level(arm.name))
+        self.prices.saw_catching_up(arm.name, missed, more)
+        return self._drafting - more if arm.mode == "speculating" else self._drafting
 
     def _origin(self, tree: TokenTree) -> str:
         """Which drafter the first draft is from; "" where there is none."""
@@ -288,8 +338,8 @@ class Controller:
             arm.gained += gained
             if arm.mode == "probing" and arm.probes <= 0:
                 self._judge(arm)
-            elif arm.mode == "speculating" and arm.planned >= REPLAN:
-                self._replan(arm)
+            elif arm.mode == "speculating" and arm.planned >= arm.every:
+                arm.plan, arm.every = self._plan(arm), min(2 * arm.every, SETTLED)
         for other in [arm] if arm is not None else [self._arms[name] for name in self._asked]:
             if other.mode != "resting" and not self._affords(other, 1):
                 self._rest(
@@ -307,16 +357,20 @@ class Controller:
         else:
             self._rest(arm, told)
 
-    def _replan(self, arm: Arm) -> None:
-        arm.plan = self._plan(arm)
-        if arm.plan.speedup <= 1:
-            rate = self.calibration.typical(arm.name, 0, 1)
-            self._rest(arm, f"{rate:.0%} of its first drafts stand, which pays at no depth")
-
     def _affords(self, arm: Arm, depth: int, nodes: int = 0) -> bool:
         """Whether credit allows a step with so many levels of drafts, all of them wrong; a chain without `nodes`."""
+        return self.credit.allows(self._loss(arm, depth, nodes))
+
+    def _loss(self, arm: Arm, depth: int, nodes: int = 0) -> float:
+        """What such a step loses if all drafts are wrong, in plain steps.
+
+        A drafter that rests has to read what it missed first. One that is known to pay off may do so uncounted, once
+        in a text: it gains it back over many steps, and no single one would be allowed it.
+        """
         seconds = self.prices.at(nodes or 1 + depth) + depth * self.prices.level(arm.name)
-        return self.credit.allows(seconds / self.prices.plain - 1)
+        if arm.mode == "resting":
+            seconds += self.prices.catching_up(arm.name) * (self._length - arm.seen)
+        return seconds / self.prices.plain - 1
 
     def _rest(self, arm: Arm, reason: str) -> None:
         arm.until = self._made + arm.rest
@@ -331,6 +385,5 @@ class Controller:
 
     def _turn(self, arm: Arm, mode: Mode, reason: str) -> None:
         """Change the mode, forget the plan, and say so."""
-        arm.mode, arm.plan, arm.declined = mode, None, 0
-        for tally in (self.tally, self.total):
-            tally.changes.append(ModeChange(tally.tokens, arm.name, mode, reason))
+        arm.mode, arm.plan, arm.declined, arm.every = mode, None, 0, REPLAN
+        self.tally.changes.append(ModeChange(self.tally.tokens, arm.name, mode, reason))

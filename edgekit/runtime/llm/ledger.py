@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from edgekit.runtime.llm.accept import Accepted
@@ -113,22 +113,41 @@ class Tally:
 
     def add(self, tree: TokenTree, step: Accepted, *, drafter: str) -> None:
         """Count a step; `drafter` is where drafts come from that do not say so."""
+        if len(tree) == 1:
+            self.plain(len(step.tokens))
+            return
         self.steps += 1
         self.tokens += len(step.tokens)
         self.rows += len(tree)
-        if len(tree) == 1:
-            return
         names = [source.drafter for source in tree.sources] or [drafter] * len(tree)
         self._drafted.update(names[1:])
         self._accepted.update(names[node] for node in step.path[1:])
         self._depths.update({tree.depths[node] for node in range(1, len(tree)) if tree.parents[node] in step.path})
         self._stood.update(tree.depths[node] for node in step.path[1:])
 
+    def plain(self, tokens: int) -> None:
+        """Count a step without drafts."""
+        self.steps += 1
+        self.tokens += tokens
+        self.rows += 1
+
     def time(self, draft: float, verify: float, accept: float) -> None:
         """Add the seconds of a step."""
         self.draft_seconds += draft
         self.verify_seconds += verify
         self.accept_seconds += accept
+
+    def merge(self, other: Tally) -> None:
+        """Add another one's figures; its changes of mode are counted from the tokens here."""
+        self.changes += [replace(change, token=self.tokens + change.token) for change in other.changes]
+        self.steps += other.steps
+        self.tokens += other.tokens
+        self.rows += other.rows
+        self.time(other.draft_seconds, other.verify_seconds, other.accept_seconds)
+        self._depths.update(other._depths)
+        self._stood.update(other._stood)
+        self._drafted.update(other._drafted)
+        self._accepted.update(other._accepted)
 
     def stats(self, drafter: str, plain: float, curve: dict[int, float], modes: dict[str, Mode]) -> SpeculationStats:
         """The figures so far; `plain` is the seconds of a step of ordinary decoding."""

@@ -77,7 +77,7 @@ class TextPipeline:
         self._reader = Reader(self._decoding, self.tokenizer, chat, spec.special)
         graph = bundle.root / manifest.parts[self._decoding.part].graph
         config = read_config(draft, speculative_config)
-        session = open_session(graph, device, threads=threads, alone=config.model is None)
+        session = open_session(graph, device, threads=threads)
         self.verifier = LocalVerifier(session, self._decoding, prefixes=prefixes)
         self.fingerprint = graph_fingerprint(bundle, device)
         self._target = Target(bundle, self.verifier, self.tokenizer, exact, device, threads)

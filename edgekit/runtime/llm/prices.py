@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import ceil
+
 from edgekit.runtime.llm.costs import Curve
 
 PLAIN_RATE = 0.1  # share of a new observation of a single-row step, once there are some
@@ -10,7 +12,8 @@ DRIFT_RATE = 0.03  # share of it that moves the whole curve
 DRAFT_RATE = 0.2
 OUTLIER = 2.0  # an observation this many times off counts as that many
 
-START = 1.5  # plain steps that drafts may cost before they have gained anything
+START = 2.0  # plain steps that drafts may cost before they have gained anything
+GRANT = 1.25  # that they may cost at the beginning of every text
 INTEREST = 0.0075  # plain steps of credit per token of text
 MOST = 8.0  # plain steps of credit that can be saved up
 LEAST = -2.0
@@ -28,6 +31,7 @@ class Prices:
         self._scale = 1.0  # changes with every plain step, where making a new curve each time would be felt
         self._plain = 0  # single-row steps seen
         self._levels: dict[str, float] = {}
+        self._missed: dict[str, float] = {}
 
     @property
     def plain(self) -> float:
@@ -72,8 +76,18 @@ class Prices:
         self._scale *= (seconds / expected) ** DRIFT_RATE
         return seconds
 
+    def catching_up(self, drafter: str) -> float:
+        """Seconds that this drafter takes per token of the text that it missed; 0 until it is known."""
+        return self._missed.get(drafter, 0.0)
+
+    def saw_catching_up(self, drafter: str, tokens: int, seconds: float) -> None:
+        """A drafter read tokens that it had missed."""
+        known = self._missed.get(drafter)
+        each = seconds / tokens
+        self._missed[drafter] = each if known is None else known + DRAFT_RATE * (each - known)
+
     def saw_draft(self, drafter: str, levels: int, seconds: float) -> None:
-        """Drafting, in the step after a step with drafts of the same drafter: nothing to catch up with."""
+        """Drafting by a drafter that has nothing to catch up with."""
         known = self._levels.get(drafter)
         each = seconds / levels
         self._levels[drafter] = each if known is None else known + DRAFT_RATE * (each - known)
@@ -84,20 +98,25 @@ class Credit:
 
     It begins at START, grows by INTEREST with every token, and is changed by what each step with drafts gained or lost.
     Drafts are asked for while it lasts, so a text of n tokens takes at most START + INTEREST * n plain steps longer
-    than without, whatever the drafter does: under 2 % from 128 tokens on. (One step more where a drafter turns out
-    costlier than it was ever seen to be.)
+    than without, whatever the drafter does, and where another text knew it to be useless 1.7 % of 128 tokens. (One
+    step more where a drafter turns out costlier than it was ever seen to be, and what one that is known to pay off
+    takes to read the prompt.)
     """
 
     def __init__(self) -> None:
         self.left = START
 
     def begin(self) -> None:
-        """A new text cannot spend what another one gained."""
-        self.left = min(self.left, START)
+        """A new text cannot spend what another one gained, and does not pay for what another one lost."""
+        self.left = min(max(self.left, GRANT), START)
 
     def grow(self, tokens: int, gained: float = 0.0) -> None:
         """Tokens were added; drafts `gained` so many plain steps doing it."""
         self.left = min(MOST, max(LEAST, self.left + INTEREST * tokens + gained))
+
+    def wait(self, loss: float) -> int:
+        """Tokens until a step that loses so much is allowed, if nothing else is gained or lost."""
+        return max(0, ceil((2 * loss - self.left) / INTEREST))
 
     def allows(self, loss: float) -> bool:
         """Whether a step may be taken that loses so much if every draft is wrong: one in two, or the smallest."""

@@ -178,7 +178,7 @@ def _model(config: SpeculativeConfig, target: Target) -> Drafter:
         raise BadRequest(f"{config.model} generates no text; a draft model is a text-generation bundle")
     decoding, spec = bundle.manifest.decoding, bundle.manifest.tokenizers["default"]
     graph = bundle.root / bundle.manifest.parts[decoding.part].graph
-    session = open_session(graph, target.device, threads=target.threads, alone=False)
+    session = open_session(graph, target.device, threads=target.threads, spinning=False)
     verifier = LocalVerifier(session, decoding)
     if spec.fingerprint == target.bundle.manifest.tokenizers["default"].fingerprint:
         return ModelDraft(verifier, vocabulary=target.verifier.vocab_size, rows=config.acceptance == "rejection")
