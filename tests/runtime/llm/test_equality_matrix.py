@@ -20,6 +20,7 @@ from edgekit.export import build
 from edgekit.runtime.backends import Array
 from edgekit.runtime.llm.pipeline import TextPipeline
 from edgekit.runtime.llm.probs import Sampling, gumbel, survivors
+from edgekit.runtime.llm.speculation import DRAFTERS
 from edgekit.runtime.llm.tree import TokenTree
 
 MODELS = Path(__file__).resolve().parents[3] / "models"
@@ -113,6 +114,11 @@ def texts(pipe: TextPipeline, sampling: dict[str, float]) -> list[Tokens]:
         pipe.generate(prompt, max_new_tokens=NEW, seed=seed, **sampling).tokens  # type: ignore[arg-type]
         for seed, prompt in enumerate(PROMPTS)
     ]
+
+
+def test_every_drafter_is_here():
+    """The table of drafters has no row that this page leaves out."""
+    assert set(DRAFTS) == {*DRAFTERS, "auto"} - {"none"}
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
