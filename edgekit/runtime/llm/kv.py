@@ -1,4 +1,4 @@
-"""The key-value buffers of a decoder: one pair per layer, bound in place, grown by doubling."""
+"""The key-value buffers of a decoder: one pair per layer, bound in place, grown by half."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ class KVCache:
             raise BadRequest(f"{slots} tokens do not fit the model's context of {self._limit}; shorten the text")
         capacity = self.capacity
         while capacity < slots:
-            capacity = min(2 * capacity, self._limit)
+            capacity += max(FIRST_CAPACITY, capacity // 2 // FIRST_CAPACITY * FIRST_CAPACITY)
+        capacity = min(capacity, self._limit)
         if capacity == self.capacity:
             return
         grown = self._grown(capacity, used)
