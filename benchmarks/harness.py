@@ -68,7 +68,7 @@ def record(benchmark: str, rows: Sequence[dict[str, Any]]) -> Path:
     path = RESULTS / f"{benchmark}.jsonl"
     common = {
         "date": time.strftime("%Y-%m-%d"),
-        "command": "python " + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": "python " + " ".join(Path(arg).name if arg.startswith("/") else arg for arg in sys.argv),
         "device": device(),
         "versions": versions(),
     }

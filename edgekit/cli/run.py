@@ -58,10 +58,15 @@ class Asked:
 @click.option("--repetition-penalty", type=float, help="Over 1 repeats less.")
 @click.option("--stop", multiple=True, help="End before this. Repeatable.")
 @click.option(
-    "--draft", default="none", show_default=True, help="auto, none, ngram, lookahead, hybrid, corpus:PATH, or a bundle."
+    "--draft",
+    default="none",
+    show_default=True,
+    help="auto, none, ngram, lookahead, corpus:PATH, a draft bundle, or a method of the config.",
 )
 @click.option("--speculative-config", "speculative", metavar="JSON", help="vLLM's keys; see docs/controller.md.")
-@click.option("--exact", is_flag=True, help="Drafts change no bit of the text, at a few per cent of speed.")
+@click.option(
+    "--exact", is_flag=True, help="Drafts change no bit of the text; a single step then costs two rows or more."
+)
 @click.option("--show-drafts", is_flag=True, help="Colour tokens by the drafter that guessed them.")
 @click.option("--best-of", type=click.IntRange(min=1), default=1, show_default=True, help="Draw N, give the likeliest.")
 @click.option("--prefix-cache", type=click.Path(path_type=Path), help="Load this cache of prompts; save it after.")

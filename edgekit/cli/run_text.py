@@ -41,6 +41,7 @@ def setup(options: dict[str, Any]) -> TextSetup:
         "draft": options["draft"],
         "speculative_config": read_json_object(options["speculative"]),
         "exact": options["exact"],
+        **({} if options["quiet"] else {"report": terminal.note}),
     }
 
 
@@ -64,14 +65,18 @@ def read_json_object(text: str | None) -> dict[str, Any] | None:
 def run(model: TextPipeline, asked: Asked, options: dict[str, Any]) -> None:
     """Stream to stdout as it comes, or collect for --json, --best-of and -o; then keep the prompts' cache."""
     from edgekit.bundle.files import write_atomically
+    from edgekit.errors import BadRequest
 
+    streams = not (asked.as_json or asked.output is not None or options["best_of"] > 1)
+    if options["show_drafts"] and not streams:
+        raise BadRequest("--show-drafts colours text that streams; leave out --json, -o and --best-of")
     request = {name: options[name] for name in DRAWING if options[name] is not None}
     if options["chat"] or options["system"] is not None:
         request |= {"messages": [{"role": "user", "content": asked.prompt}], "system": options["system"]}
     else:
         request["prompt"] = asked.prompt
     store = open_prefixes(model, options["prefix_cache"])
-    if asked.as_json or asked.output is not None or options["best_of"] > 1:
+    if not streams:
         result = model.generate(**request, seed=asked.seed, best_of=options["best_of"])
         if asked.output is not None:
             write_atomically(asked.output, result.text.encode())
@@ -103,7 +108,7 @@ def open_prefixes(model: TextPipeline, path: Path | None) -> PrefixStore | None:
 
 def fingerprint(model: TextPipeline) -> dict[str, str]:
     """What stored keys and values hold for."""
-    return {"decoder": model.fingerprint}
+    return {"decoder": model.fingerprint, "granule": str(model.verifier.granule)}
 
 
 def show(chunks: Iterator[TextChunk], *, origins: bool) -> Stats:
@@ -137,7 +142,6 @@ def show_stats(stats: Stats) -> None:
 
 def show_speculation(stats: SpeculationStats) -> None:
     """What the drafter did and why the controller did what it did."""
-    verdict = "exact" if stats.invariance == "exact" else f"{stats.invariance}, up to {stats.margin:.2g} logits"
     spent = {"drafting": stats.draft_seconds, "verifying": stats.verify_seconds, "drawing": stats.accept_seconds}
     terminal.show_figures(
         {
@@ -150,11 +154,19 @@ def show_speculation(stats: SpeculationStats) -> None:
             "seconds": spent,
             "estimated speedup": f"{stats.speedup:.2f} (a plain step takes {stats.plain_ms:.2f} ms)",
             "T(n) / T(1)": {str(rows): cost for rows, cost in stats.curve.items()},
-            "rows": verdict,
-            "text": "as without drafts"
-            if stats.lossless
-            else f"lossy: {stats.disagreements} tokens are not the model's own",
+            "text": promise(stats),
         }
     )
     for change in stats.changes:
         terminal.note(f"at token {change.token}: {change.drafter} {change.mode}, {change.reason}")
+
+
+def promise(stats: SpeculationStats) -> str:
+    """What the text has to do with the text without drafts."""
+    if not stats.lossless:
+        return f"lossy, {stats.acceptance_rule}: {stats.disagreements} tokens are not the model's own"
+    if stats.acceptance_rule != "own-draw":
+        return f"{stats.acceptance_rule}: distributed as without drafts"
+    if stats.granule > 1 or stats.invariance == "exact":
+        return "that without drafts, bit for bit"
+    return f"that without drafts, up to the engine's rounding ({stats.margin:.2g} logits seen)"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
@@ -27,6 +27,7 @@ class TextSetup(TypedDict, total=False):
     speculative_config: Mapping[str, Any] | None
     exact: bool
     prefixes: PrefixStore | None
+    report: Callable[[str], None]
 
 
 TASKS = {
@@ -88,7 +89,7 @@ def load(
         device: `cpu`, or `cuda` with an optional index.
         threads: of the inference engine; 0 leaves the choice to it.
         verify: check every file's sha256 first. Sizes, paths and signatures are checked either way.
-        text: `draft`, `speculative_config`, `exact` and `prefixes` of a text pipeline.
+        text: `draft`, `speculative_config`, `exact`, `prefixes` and `report` of a text pipeline.
 
     Raises:
         BundleError: the bundle is not what it says it is; nothing was loaded.

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from itertools import accumulate
 from math import nan
 from time import perf_counter
 
@@ -23,13 +24,13 @@ from edgekit.runtime.llm.costs import Curve
 from edgekit.runtime.llm.drafters import Ask, Drafter
 from edgekit.runtime.llm.drafters.hybrid import HybridDraft
 from edgekit.runtime.llm.ledger import Mode, ModeChange, SpeculationStats, Tally
-from edgekit.runtime.llm.planning import Plan, best_chain, best_tree
+from edgekit.runtime.llm.planning import Plan, best_chain, best_part, best_tree
 from edgekit.runtime.llm.prices import Credit, Prices
 from edgekit.runtime.llm.tree import Shape, TokenTree
 from edgekit.runtime.llm.verifier import Scores
 
 DEEPEST = 15  # drafts in a chain
-BUSHIEST = 32  # nodes of a tree
+BUSHIEST = 31  # drafts in a tree
 RANKS = 3  # siblings
 CHEAP = 0.03  # a drafter whose level takes less of a plain step is asked for all it may be lucky with
 FLAT = 1.5  # trees are thought about where four rows cost less than this many times one
@@ -39,6 +40,7 @@ PROBES = 4  # steps with drafts that a probe takes
 PROBED_DEPTH = 2
 LOOSE = 4.0  # drafts of each kind that what is known counts for in a probe
 ANCHOR = 64  # steps with drafts after which one step goes without, so that its cost stays known
+FREE = 1.2  # a tree that costs less than this many times one row is not cut where it has guesses to be improved
 FOLLOWS = 16  # tokens that a drafter may have missed and still drafts as fast as ever
 GLANCE = 8  # steps at rest between two that are timed
 ROOT = (-1,)
@@ -60,6 +62,7 @@ class Arm:
         probes: steps with drafts left of a probe.
         gained: plain steps that the probe gained so far.
         seen: tokens of the text that it was asked to follow.
+        excused: it caught up in this text, uncounted.
         declined: offers in a row that were not worth scoring.
     """
 
@@ -73,6 +76,7 @@ class Arm:
     probes: int = 0
     gained: float = 0.0
     seen: int = 0
+    excused: bool = False
     declined: int = 0
 
 
@@ -126,7 +130,7 @@ class Controller:
         self.tally = Tally()
         self.credit.begin()
         for arm in self._arms.values():
-            arm.seen = 0
+            arm.seen, arm.excused = 0, False
             arm.until -= max(0, arm.until - self._made) // 2
 
     def timed(self, rule: Accept) -> Accept:
@@ -247,7 +251,10 @@ class Controller:
         lucky = self._may_prune and level < CHEAP * self.prices.plain
         estimate = self.calibration.hopeful if lucky else self.calibration.typical
         ranks = range(RANKS if self._nodes and self.prices.relative(4) < FLAT else 1)
-        accept = [[estimate(arm.name, rank, depth) for rank in ranks] for depth in range(1, self._deepest + 1)]
+        accept = [  # a sibling is never asked for without the better ones: rejection sampling relies on it
+            list(accumulate((estimate(arm.name, rank, depth) for rank in ranks), min))
+            for depth in range(1, self._deepest + 1)
+        ]
         plan = best_chain(cost, [first for first, *_ in accept], draft=level)
         if len(ranks) > 1:
             plan = max(plan, best_tree(cost, accept, draft=level, nodes=self._nodes), key=lambda plan: plan.speedup)
@@ -258,24 +265,23 @@ class Controller:
         worth = [1.0]
         seen = [0] * len(tree)
         arms = [source.drafter for source in tree.sources] or [self.name] * len(tree)
+        if self.prices.relative(len(tree)) < FREE and not self._arms.keys() >= set(arms):
+            return tree
         for node, parent in enumerate(tree.parents[1:], start=1):
             log_q = tree.log_q[node] if tree.log_q else nan
             chance = self.calibration.of(arms[node], seen[parent], tree.depths[node], log_q)
             seen[parent] += 1
             worth.append(worth[parent] * chance)
-        order = sorted(range(len(tree)), key=lambda node: -worth[node])  # stable, so parents stay before children
-        arm = self._arms.get(arms[1])
-        best, rate, tokens = 1, 1 / self.prices.plain, 1.0
-        for count, node in enumerate(order[1:], start=2):
-            tokens += worth[node]
-            cost = self.prices.at(count)
-            if not self.credit.allows(cost / self.prices.plain - 1):
-                break
-            if tokens / cost > rate or (count == 2 and arm is not None and arm.mode == "probing"):
-                best, rate = count, tokens / cost
+        arm = self._arms.get(self._source)
+        probing = arm is not None and arm.mode == "probing"
+        nodes = best_part(worth, self.prices.at, self._payable, least=2 if probing else 1)
         if arm is not None:
-            arm.declined = arm.declined + 1 if best == 1 else 0
-        return tree if best == len(tree) else tree.keep(sorted(order[:best]))
+            arm.declined = arm.declined + 1 if len(nodes) == 1 else 0
+        return tree if len(nodes) == len(tree) else tree.keep(nodes)
+
+    def _payable(self, seconds: float) -> bool:
+        """Whether credit allows a verification of so many seconds."""
+        return self.credit.allows(seconds / self.prices.plain - 1)
 
     # Learning
 
@@ -319,13 +325,17 @@ class Controller:
             return self._drafting
         more = max(0.0, self._proposing - self._levels * self.prices.level(arm.name))
         self.prices.saw_catching_up(arm.name, missed, more)
-        return self._drafting - more if arm.mode == "speculating" else self._drafting
+        if arm.excused or arm.mode != "speculating":
+            return self._drafting
+        arm.excused = True
+        return self._drafting - more
 
     def _origin(self, tree: TokenTree) -> str:
-        """Which drafter the first draft is from; "" where there is none."""
+        """Which of the drafters the first draft is from; "" where there is none."""
         if len(tree) == 1:
             return ""
-        return tree.sources[1].drafter if tree.sources else self.name
+        name = tree.sources[1].drafter if tree.sources else self.name
+        return name if name in self._arms else self.name  # lookahead names its window apart
 
     # Deciding
 

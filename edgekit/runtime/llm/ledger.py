@@ -17,7 +17,7 @@ class ModeChange:
     """A drafter began to speculate, to rest or to probe.
 
     Attributes:
-        token: how many tokens of the text were there.
+        token: how many tokens of the text were there, the first one not counted.
         drafter: which one.
         mode: what it does from then on.
         reason: in words.
@@ -70,10 +70,12 @@ class SpeculationStats:
         curve: T(n) / T(1) by rows n, as it is believed now.
         modes: of each drafter, now.
         changes: of mode, and why.
-        lossless: whether the acceptance rule keeps the distribution of ordinary decoding.
+        acceptance_rule: a row of RULES.
+        lossless: whether it keeps the distribution of ordinary decoding.
         disagreements: tokens that a lossy rule let pass against the model's own draw.
         invariance: how rows depend on their run, see `probe.Invariance`.
-        margin: the largest difference between two runs of the same row, in logits.
+        margin: the largest difference between two runs of the same row, not filled up, in logits.
+        granule: runs are filled up to a multiple of so many rows; 1 is not at all.
     """
 
     drafter: str = "none"
@@ -93,10 +95,12 @@ class SpeculationStats:
     curve: dict[int, float] = field(default_factory=dict)
     modes: dict[str, Mode] = field(default_factory=dict)
     changes: tuple[ModeChange, ...] = ()
+    acceptance_rule: str = "own-draw"
     lossless: bool = True
     disagreements: int = 0
     invariance: str = ""
     margin: float = 0.0
+    granule: int = 1
 
 
 class Tally:

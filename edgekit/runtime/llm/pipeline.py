@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -44,6 +44,7 @@ class TextPipeline:
         speculative_config: the keys of `speculation.SpeculativeConfig`.
         exact: fill up every run so that drafts cannot change a bit of the text (see docs/controller.md).
         prefixes: keys and values of earlier texts, shared between calls and kept as long as it has room.
+        report: told in words when something is measured that takes seconds; it is measured once on a machine.
 
     Raises:
         BadRequest: the bundle generates no text; a drafter that does not exist or does not fit; or `exact` where the
@@ -62,6 +63,7 @@ class TextPipeline:
         speculative_config: Mapping[str, Any] | None = None,
         exact: bool = False,
         prefixes: PrefixStore | None = None,
+        report: Callable[[str], None] = lambda words: None,  # noqa: ARG005
     ) -> None:
         manifest = bundle.manifest
         if manifest.task != "text-generation":
@@ -80,7 +82,7 @@ class TextPipeline:
         session = open_session(graph, device, threads=threads)
         self.verifier = LocalVerifier(session, self._decoding, prefixes=prefixes)
         self.fingerprint = graph_fingerprint(bundle, device)
-        self._target = Target(bundle, self.verifier, self.tokenizer, exact, device, threads)
+        self._target = Target(bundle, self.verifier, self.tokenizer, exact, device, threads, report)
         if exact:
             self.verifier.granule = self._target.invariance.exact()
         self.speculator: Speculator | None = None if config.method == "none" else self.speculate(config)

@@ -3,7 +3,7 @@
 A draft at depth d that is its parent's r-th best guess stands with probability `accept[d - 1][r - 1]`, given that its
 parent does. A node of the tree stands when all of its path does, so a tree is worth the sum over its nodes of the
 products along their paths; the root counts 1, for the token that the model draws itself. For a chain with acceptance a
-at every depth that is (1 - a^(k+1)) / (1 - a) (Leviathan et al. 2022, arXiv:2211.17192). A step of n rows and depth k
+at every depth that is (1 - a^(k+1)) / (1 - a) (Leviathan et al. 2023, arXiv:2211.17192). A step of n rows and depth k
 costs T(n) + k * draft, and the plan is the tree that maximises tokens over cost.
 
 Sequoia (Chen et al. 2024, arXiv:2402.12374) finds the best tree of n nodes by dynamic programming. No node is worth
@@ -88,6 +88,27 @@ def best_tree(cost: Cost, accept: Ranks, *, draft: float, nodes: int) -> Plan:
             if speedup > plan.speedup:
                 plan = Plan(Shape(shape.parents[:size], shape.ranks[:size]), tokens, seconds, speedup)
     return plan
+
+
+def best_part(worth: Sequence[float], cost: Cost, payable: Callable[[float], bool], *, least: int = 1) -> list[int]:
+    """The nodes of a tree that together make the most tokens per second, ascending.
+
+    Args:
+        worth: of each node, the probability that all of its path stands; never more than its parent's.
+        cost: T(n), seconds of a verification of n rows.
+        payable: whether so many seconds may be spent.
+        least: keep so many nodes, where that is payable, whatever they make.
+    """
+    order = sorted(range(len(worth)), key=lambda node: -worth[node])  # stable, so parents stay before children
+    best, rate, tokens = 1, 1 / cost(1), 1.0
+    for count, node in enumerate(order[1:], start=2):
+        tokens += worth[node]
+        seconds = cost(count)
+        if not payable(seconds):
+            break
+        if tokens / seconds > rate or count <= least:
+            best, rate = count, tokens / seconds
+    return sorted(order[:best])
 
 
 def grow(accept: Ranks, nodes: int) -> tuple[Shape, tuple[float, ...]]:

@@ -163,12 +163,13 @@ def _read_slots(path: Path, file: BinaryIO, header: Header, max_bytes: int) -> l
         if len(raw) != per_slot * len(row.tokens):
             raise WrongSize(f"{path} became shorter while it was read; read it again")
         data.update(raw)
-        slots.append(np.frombuffer(raw, header.dtype).reshape(sides, heads, len(row.tokens), dim))
+        little = np.frombuffer(raw, np.dtype(header.dtype).newbyteorder("<"))
+        slots.append(little.astype(header.dtype, copy=False).reshape(sides, heads, len(row.tokens), dim))
     if data.hexdigest() != header.sha256:
         raise WrongHash(f"{path}: its keys and values are not those that were written. {AGAIN}")
     return slots
 
 
 def _raw(kv: Array) -> memoryview:
-    """The bytes of an array in C order."""
-    return kv.reshape(-1).view(np.uint8).data
+    """The bytes of an array in C order, little-endian."""
+    return kv.astype(kv.dtype.newbyteorder("<"), copy=False).reshape(-1).view(np.uint8).data

@@ -10,6 +10,7 @@ PLAIN_RATE = 0.1  # share of a new observation of a single-row step, once there 
 BEND_RATE = 0.15  # share of one of a larger run that bends the curve
 DRIFT_RATE = 0.03  # share of it that moves the whole curve
 DRAFT_RATE = 0.2
+TICK = 1e-9  # seconds that a step takes at least, whatever the clock says
 OUTLIER = 2.0  # an observation this many times off counts as that many
 
 START = 2.0  # plain steps that drafts may cost before they have gained anything
@@ -62,7 +63,7 @@ class Prices:
     def saw_plain(self, seconds: float) -> None:
         """A verification of one row."""
         self._plain += 1
-        expected = self.plain
+        seconds, expected = max(seconds, TICK), self.plain
         if self._plain > 1:
             seconds = min(max(seconds, expected / OUTLIER), expected * OUTLIER)
         rate = max(PLAIN_RATE, 1 / self._plain)

@@ -30,7 +30,7 @@ from edgekit.runtime.llm.drafters.lookahead import LookaheadDraft
 from edgekit.runtime.llm.drafters.model import ModelDraft
 from edgekit.runtime.llm.drafters.ngram import NgramDraft
 from edgekit.runtime.llm.ledger import SpeculationStats
-from edgekit.runtime.llm.probe import Invariance, classify
+from edgekit.runtime.llm.probe import SIZES, Invariance, classify
 from edgekit.runtime.llm.probs import Sampling
 from edgekit.runtime.llm.rules import RULES, Rule
 from edgekit.runtime.llm.verifier import LocalVerifier
@@ -79,6 +79,8 @@ class SpeculativeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
             raise BadRequest(f"no acceptance rule {self.acceptance!r}; known: {', '.join(RULES)}")
         if self.num_speculative_tokens is not None and not 1 <= self.num_speculative_tokens <= 64:
             raise BadRequest(f"num_speculative_tokens is {self.num_speculative_tokens}; it must be between 1 and 64")
+        if self.adaptive is False and self.num_speculative_tokens is None:
+            raise BadRequest("adaptive is false, so num_speculative_tokens must say how many drafts a step has")
         for name, rule in OPTIONS.items():
             if getattr(self, name) is not None and self.acceptance != rule:
                 raise BadRequest(f"{name} is an option of acceptance {rule!r}; here acceptance is {self.acceptance!r}")
@@ -104,14 +106,14 @@ def read_config(draft: str, options: Mapping[str, Any] | None = None) -> Specula
     """What `--draft` and `--speculative-config` ask for together.
 
     Args:
-        draft: `auto`, a row of DRAFTERS, `corpus:PATH`, or the path of a draft bundle.
+        draft: `auto`, a row of DRAFTERS, `corpus:PATH`, or the path of a draft bundle; `none` leaves it to the options.
         options: the keys of SpeculativeConfig.
 
     Raises:
         BadRequest: an unknown key or value, or two that contradict each other.
     """
     name, colon, path = draft.partition(":")
-    told: dict[str, Any] = {"method": draft}
+    told: dict[str, Any] = {} if draft == "none" and options else {"method": draft}
     if colon and name == "corpus":
         told = {"method": "corpus", "documents": path}
     elif draft != "auto" and draft not in DRAFTERS:
@@ -120,7 +122,7 @@ def read_config(draft: str, options: Mapping[str, Any] | None = None) -> Specula
         told = {"method": "model", "model": draft}
     asked = dict(options or {})
     for key, value in told.items():
-        if asked.get(key, value) != value and draft not in ("none", "auto"):
+        if asked.get(key, value) != value and draft != "auto":
             raise BadRequest(
                 f"--draft {draft} and {key}={asked[key]!r} of the speculative config contradict each other"
             )
@@ -133,7 +135,10 @@ def read_config(draft: str, options: Mapping[str, Any] | None = None) -> Specula
 
 @dataclass(frozen=True)
 class Target:
-    """The model that drafts are for, and where it runs; `exact` asks that drafts change no bit."""
+    """The model that drafts are for, and where it runs; `exact` asks that drafts change no bit.
+
+    `report` is told when something is found out that takes seconds and is then remembered.
+    """
 
     bundle: Bundle
     verifier: LocalVerifier
@@ -141,6 +146,7 @@ class Target:
     exact: bool
     device: str
     threads: int
+    report: Callable[[str], None]
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -150,12 +156,22 @@ class Target:
     @cached_property
     def invariance(self) -> Invariance:
         """Whether rows depend on their run; found out once."""
-        return remembered(Invariance, self.key, lambda: classify(self.verifier))
+
+        def find() -> Invariance:
+            self.report("looking once at how rows of this graph depend on their run")
+            return classify(self.verifier)
+
+        return remembered(Invariance, self.key, find)
 
     @cached_property
     def curve(self) -> Curve:
         """T(n), as the verifier runs now; measured once."""
-        return remembered(Curve, (*self.key, str(self.verifier.granule)), lambda: measure(self.verifier))
+
+        def find() -> Curve:
+            self.report("measuring once what a verification costs by its rows")
+            return measure(self.verifier)
+
+        return remembered(Curve, (*self.key, str(self.verifier.granule)), find)
 
 
 def _ngram(config: SpeculativeConfig, target: Target) -> Drafter:  # noqa: ARG001
@@ -208,6 +224,11 @@ class Speculator:
             method = "ngram" if config.model is None else "hybrid"
         self.config = config
         self._rule = _rule(config, Sampling())  # refuses its options before anything is loaded
+        if target.exact and (config.num_speculative_tokens or 0) >= SIZES[-1]:
+            raise BadRequest(
+                f"num_speculative_tokens is {config.num_speculative_tokens}; in exact mode it is at most "
+                f"{SIZES[-1] - 1}: runs of more than {SIZES[-1]} rows are not compared when a graph is loaded"
+            )
         drafter = DRAFTERS[method](config, target)
         missing = sorted(set(drafter.outputs) - set(target.verifier.extra))
         if missing:
@@ -215,6 +236,7 @@ class Speculator:
         self.invariance = target.invariance
         self.invariance.check()
         self.curve = target.curve
+        self._granule = target.verifier.granule
         self.drafter = Controller(
             drafter,
             self.curve,
@@ -235,6 +257,8 @@ class Speculator:
         rule, invariance = self._rule, self.invariance
         return replace(
             self.drafter.stats(total=total),
+            acceptance_rule=self.config.acceptance,
+            granule=self._granule,
             lossless=rule.lossless,
             disagreements=rule.disagreements,
             invariance=invariance.kind,

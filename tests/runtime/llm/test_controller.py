@@ -302,3 +302,19 @@ def test_requests_are_counted_apart_and_together():
     assert total.tokens == first.tokens + second.tokens
     assert total.drafted == first.drafted + second.drafted
     assert found.controller.stats(total=True).draft_seconds == pytest.approx(first.draft_seconds + second.draft_seconds)
+
+
+def test_no_sibling_without_its_betters():
+    """Where second guesses stand more often than first ones, a tree still has the first: its law is drawn in order."""
+    clock = Clock()
+    draft = SimulatedDraft(clock, 0.001 * PLAIN)
+    controller = Controller(draft, curve(FLAT), clock=clock, may_prune=False)
+    for depth in range(1, 6):
+        for _ in range(60):
+            controller.calibration.add("simulated", 0, depth, float("nan"), stood=False)
+            controller.calibration.add("simulated", 1, depth, float("nan"), stood=True)
+    controller.calibration.settle()
+    controller.prices.saw_draft("simulated", 1, 0.001 * PLAIN)
+    shape = controller._plan(controller._arms["simulated"]).shape
+    links = set(zip(shape.parents, shape.ranks, strict=True))
+    assert all((parent, rank - 1) in links for parent, rank in links if rank > 0)

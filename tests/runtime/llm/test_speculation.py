@@ -53,6 +53,7 @@ READ = {
     "keys beside it": ("ngram", {"prompt_lookup_max": 5}, {"method": "ngram", "prompt_lookup_max": 5}),
     "keys alone": ("auto", {"method": "lookahead"}, {"method": "lookahead"}),
     "keys instead of none": ("none", {"method": "ngram"}, {"method": "ngram"}),
+    "keys without a method": ("none", {"num_speculative_tokens": 4}, {"method": "auto"}),
 }
 
 
@@ -91,6 +92,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "lookup": ("ngram", {"prompt_lookup_min": 5, "prompt_lookup_max": 4}, "1 <= min <= max"),
     "key": ("ngram", {"n": 4}, "unknown field"),
     "contradiction": ("ngram", {"method": "corpus"}, "contradict"),
+    "nobody chooses": ("ngram", {"adaptive": False}, "must say how many"),
     "option of another rule": ("ngram", {"posterior_alpha": 0.3}, "lossy-typical"),
 }
 
@@ -181,6 +183,24 @@ def test_a_graph_whose_rows_depend_on_each_other_is_refused(bundle, monkeypatch)
             edgekit.load(bundle, **options)
 
 
+def test_exact_mode_promises_what_was_compared(bundle):
+    """More rows than the probe looks at are refused, where they would be asked for at every step."""
+    config = {"num_speculative_tokens": 16}
+    assert edgekit.load(bundle, draft="ngram", speculative_config=config).speculator
+    with pytest.raises(BadRequest, match="at most 15"):
+        edgekit.load(bundle, draft="ngram", speculative_config=config, exact=True)
+
+
+def test_what_takes_seconds_is_announced_once(bundle, monkeypatch, tmp_path):
+    """The first load on a machine says what it measures, the second finds it."""
+    monkeypatch.setenv("EDGEKIT_CACHE", str(tmp_path))
+    told: list[str] = []
+    edgekit.load(bundle, draft="ngram", report=told.append)
+    assert [words.split()[0] for words in told] == ["looking", "measuring"]
+    edgekit.load(bundle, draft="ngram", report=told.append)
+    assert len(told) == 2
+
+
 def test_exact_mode_is_refused_where_there_is_none(bundle, monkeypatch):
     """Rows equal up to rounding are good enough for drafts, and not for the promise of equal bits."""
     monkeypatch.setattr(
@@ -189,3 +209,48 @@ def test_exact_mode_is_refused_where_there_is_none(bundle, monkeypatch):
     assert edgekit.load(bundle, draft="ngram").speculator.stats().invariance == "rounding"
     with pytest.raises(BadRequest, match="no exact mode"):
         edgekit.load(bundle, exact=True)
+
+
+ENDS: dict[str, dict[str, Any]] = {
+    "length": {"max_new_tokens": 23},
+    "stop": {"max_new_tokens": 200, "stop": ["self."]},
+    "eos or context": {"max_new_tokens": 2000, "temperature": 1.2, "seed": 5},
+}
+
+
+@pytest.mark.parametrize("case", ENDS)
+def test_a_stream_is_the_same_chunk_by_chunk(bundle, case):
+    """Texts, tokens, what is held back and the reason for the end do not depend on drafts; only the source does."""
+    config = {"model": str(bundle), "method": "model", "num_speculative_tokens": 6}
+    plain = edgekit.load(bundle, exact=True)
+    helped = edgekit.load(bundle, draft="auto", speculative_config=config, exact=True)
+    one, other = (list(pipe.stream("class A:\n", **ENDS[case])) for pipe in (plain, helped))
+    assert [(c.text, c.tokens, c.finish_reason) for c in one] == [(c.text, c.tokens, c.finish_reason) for c in other]
+    assert {c.source for c in one} == {None}
+    assert {c.source.drafter for c in other if c.source} == {"model"}
+
+
+def test_a_stream_left_early_spoils_nothing(bundle):
+    """Half a draft may lie in the cache: the next text is that of a fresh start."""
+    config = {"model": str(bundle), "method": "model", "num_speculative_tokens": 6}
+    helped = edgekit.load(bundle, draft="auto", speculative_config=config, exact=True)
+    fresh = edgekit.load(bundle, exact=True).generate(PROMPT, max_new_tokens=40, seed=2, temperature=0.7).tokens
+    for count in (1, 4, 9):
+        stream = helped.stream("class A:\n", max_new_tokens=50)
+        for _ in range(count):
+            next(stream)
+        stream.close()
+        assert helped.generate(PROMPT, max_new_tokens=40, seed=2, temperature=0.7).tokens == fresh
+
+
+def test_a_step_is_one_run_of_the_target(bundle):
+    """The token that corrects a draft is the root of the next tree: no second run, whatever is accepted."""
+    pipe = edgekit.load(bundle, draft="lookahead", speculative_config={"num_speculative_tokens": 3})
+    binding, runs = pipe.verifier._kv.binding, []
+    original = binding.run
+    binding.run = lambda feeds, into=None: runs.append(feeds["input_ids"].shape[1]) or original(feeds, into)
+    pipe.generate(PROMPT, max_new_tokens=60)
+    stats = pipe.speculator.stats()
+    assert 0 < stats.accepted < stats.drafted
+    assert len(runs) == stats.steps + 1  # and one for the prompt
+    assert sum(runs[1:]) == pytest.approx(stats.rows_per_token * stats.tokens)

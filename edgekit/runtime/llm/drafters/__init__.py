@@ -1,4 +1,4 @@
-"""Drafters: guesses of what the model will say. One file each, one row in DRAFTERS.
+"""Drafters: guesses of what the model will say. One file each, one row in `speculation.DRAFTERS`.
 
 A drafter may be wrong at no cost but time: acceptance draws from the verifier's own rows.
 """

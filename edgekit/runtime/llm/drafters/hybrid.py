@@ -14,7 +14,7 @@ from edgekit.runtime.llm.verifier import Scores
 class HybridDraft:
     """Copies where the text repeats itself, and asks a model where it does not.
 
-    While `first` is used, `second` is not even told: a draft model's cache catches up in one run when its turn comes.
+    While `first` is sure, `second` is not asked: a draft model's cache catches up in one run when its turn comes.
     `TokenTree.sources` says which of the two a draft is from.
 
     Args:
@@ -40,7 +40,7 @@ class HybridDraft:
     def propose(self, tokens: tuple[int, ...], ask: Ask) -> TokenTree:
         """The tree of one of the two; that of `first` also where `second` has none."""
         quick = self.first.propose(tokens, ask.to(self.first.name))
-        if len(quick) > 1 and quick.log_q and max(quick.log_q[node] for node in quick.children(0)) >= self._least:
+        if quick.log_q and any(quick.log_q[node] >= self._least for node in quick.children(0)):
             return quick
         slow = self.second.propose(tokens, ask.to(self.second.name))
         return slow if len(slow) > 1 else quick
