@@ -20,6 +20,7 @@ PICTURES = (
     *("cat face", "tulip", "snowman", "red heart", "fire engine"),
 )
 STEPS = (1, 2, 4)
+DRAFTS = 4  # a step: the shipped pair is too small for drafts to pay, and large enough to show that they stand
 CODE = "def read_json(path):\n    with open(path) as f:\n"
 
 
@@ -149,12 +150,21 @@ def _sheet(grid: list[list[Any]]) -> Any:
 
 
 def complete(output: Path, seed: int) -> dict[str, Any]:
-    """A function completed by the shipped code model, greedy."""
+    """A function completed by the shipped code model, greedy; and again with the shipped draft, to the same text."""
     from edgekit.runtime.tasks import load
 
     model: TextPipeline = load(output / "pycode.bundle", task="text-generation")
     result = model.generate(CODE, max_new_tokens=64, temperature=0.0, seed=seed, stop=("\n\n",))
+    config = {"method": "model", "model": str(output / "pycode-draft.bundle"), "num_speculative_tokens": DRAFTS}
+    helped: TextPipeline = load(output / "pycode.bundle", task="text-generation", speculative_config=config)
+    again = helped.generate(CODE, max_new_tokens=64, temperature=0.0, seed=seed, stop=("\n\n",))
+    told = again.stats.speculation
+    assert told is not None
     return {
+        "drafts_accepted": told.accepted,
+        "drafts": told.drafted,
+        "tokens_per_verification": round(told.tokens_per_verify, 2),
+        "same_text_with_drafts": again.tokens == result.tokens,
         "prompt": CODE,
         "completion": result.text,
         "tokens": len(result.tokens),
@@ -174,4 +184,9 @@ def _show(output: Path, summary: dict[str, Any]) -> None:
     code = summary["code"]
     click.echo(f"completed code ({code['tokens']} tokens, {code['tokens_per_second']} tokens/s):\n")
     click.echo(code["prompt"] + code["completion"])
+    same = "the same text" if code["same_text_with_drafts"] else "ANOTHER text"
+    click.echo(
+        f"with {DRAFTS} drafts a step by pycode-draft: {same}, {code['drafts_accepted']} of {code['drafts']} accepted, "
+        f"{code['tokens_per_verification']} tokens per verification"
+    )
     click.echo(f"\npictures: {output}/sheet.png and one file per prompt; figures: {output}/summary.json")
