@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from edgekit.runtime.llm.pipeline import TextPipeline
     from edgekit.runtime.llm.prefix import PrefixStore
     from edgekit.runtime.llm.result import Stats, TextChunk
+    from edgekit.runtime.llm.tree import Source
     from edgekit.runtime.tasks import TextSetup
 
 SETUP = ("draft", "speculative", "exact", "prefix_cache")
@@ -114,21 +116,31 @@ def fingerprint(model: TextPipeline) -> dict[str, str]:
 def show(chunks: Iterator[TextChunk], *, origins: bool) -> Stats:
     """Print a stream as it comes; the figures of its end. Colours need a terminal and no NO_COLOR."""
     colours = COLOURS if origins and "NO_COLOR" not in os.environ else {}
-    seen: dict[str, int] = {}
+    sources: list[Source | None] = []
     for chunk in chunks:
         text = chunk.text
         if chunk.tokens:
+            sources.append(chunk.source)
             drafter = ITSELF if chunk.source is None else chunk.source.drafter
-            seen[drafter] = seen.get(drafter, 0) + 1
             text = click.style(text, fg=colours[drafter]) if drafter in colours else text
         click.echo(text, nl=False)
         sys.stdout.flush()
         stats = chunk.stats
     click.echo()
     if origins:
-        told = (f"{click.style(name, fg=colours.get(name))} {count}" for name, count in seen.items())
-        click.echo(f"tokens by origin: {', '.join(told)}", err=True)
+        show_origins(sources, colours)
     return stats
+
+
+def show_origins(sources: list[Source | None], colours: dict[str, str]) -> None:
+    """How many tokens each drafter guessed, and where the copied ones stand; on stderr."""
+    from edgekit.runtime.llm.drafters.corpus import spans
+
+    seen = Counter(ITSELF if source is None else source.drafter for source in sources)
+    told = (f"{click.style(name, fg=colours.get(name))} {count}" for name, count in seen.items())
+    click.echo(f"tokens by origin: {', '.join(told)}", err=True)
+    for span in spans(sources):
+        terminal.note(f"tokens {span.start} to {span.end - 1} stand in {span.document} from its token {span.offset} on")
 
 
 def show_stats(stats: Stats) -> None:

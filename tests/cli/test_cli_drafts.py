@@ -80,6 +80,18 @@ def test_a_pipe_gets_no_colours(edgekit: Run, target: Path, text_bundle: Path) -
     assert "tokens by origin" in shown.stderr
 
 
+def test_copies_are_attributed(edgekit: Run, target: Path, tmp_path: Path) -> None:
+    """Tokens copied from a document are named with the document and the place, on stderr and in the object."""
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.py").write_text("import json\n\n" + run(edgekit, target).stdout)
+    options = ("--draft", f"corpus:{tmp_path / 'texts'}", "--speculative-config", '{"num_speculative_tokens": 6}')
+    shown = run(edgekit, target, *options, "--show-drafts")
+    assert "stand in a.py from its token" in shown.stderr
+    told = only_json(run(edgekit, target, *options, "--json"))
+    assert {span["document"] for span in told["spans"]} == {"a.py"}
+    assert sum(span["end"] - span["start"] for span in told["spans"]) > LENGTH // 2
+
+
 def test_prompts_are_kept_between_runs(edgekit: Run, target: Path, tmp_path: Path) -> None:
     """`--prefix-cache` spares the second run its prompt, and refuses the cache of another model."""
     cache = tmp_path / "prompts.cache"

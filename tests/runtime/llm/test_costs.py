@@ -188,9 +188,9 @@ def test_measuring_finds_what_runs_take(timed):
     assert {lm.sizes.count(rows) for rows in costs.ROWS[1:]} == {1 + costs.ROUNDS}
 
 
-def test_the_median_forgives_a_stall(timed):
-    """A machine that is busy for a third of the runs measures like a calm one."""
-    lm = timed(lambda rows: 1e-3 * rows * (50 if len(lm.sizes) % 3 == 1 else 1))
+def test_a_busy_machine_measures_like_a_calm_one(timed):
+    """Also where four runs in five are disturbed, as long as some are not."""
+    lm = timed(lambda rows: 1e-3 * rows * (1 if len(lm.sizes) % 5 == 1 else 50))
     assert measure(lm.verifier(), rows=(1, 2, 3, 5), budget=100).seconds == pytest.approx([1e-3, 2e-3, 3e-3, 5e-3])
 
 
