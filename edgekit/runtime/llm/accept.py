@@ -7,7 +7,7 @@ sampling, after Daliri, Musco and Suresh 2024, arXiv:2408.07978; greedy decoding
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import NamedTuple, Protocol
 
 from edgekit.runtime.backends import Array
@@ -59,11 +59,28 @@ def own_draw(
     tree: TokenTree, logits: Array, context: tuple[int, ...], ends: Collection[int] = (), *, draw: Draw
 ) -> Accepted:
     """Walk the tree along the verifier's own draws; see `Accept`. `draw` chooses the token at a node."""
-    path, drawn = [0], [draw(logits[0], context)]
-    while drawn[-1] not in ends:
-        child = tree.child(path[-1], drawn[-1])
+    return walk(tree, context, ends, lambda node, text: draw(logits[node], text))
+
+
+def walk(
+    tree: TokenTree,
+    context: tuple[int, ...],
+    ends: Collection[int],
+    choose: Callable[[int, tuple[int, ...]], int],
+) -> Accepted:
+    """From the root to the child that carries the token chosen, until no child does or the text ends.
+
+    Args:
+        tree: its root is the last token of `context`.
+        context: all tokens so far.
+        ends: tokens after which nothing is chosen.
+        choose: the token that follows a node, given the node and all tokens before the choice.
+    """
+    path, chosen = [0], [choose(0, context)]
+    while chosen[-1] not in ends:
+        child = tree.child(path[-1], chosen[-1])
         if child is None:
             break
         path.append(child)
-        drawn.append(draw(logits[child], (*context, *drawn)))
-    return accepted(tree, path, drawn[-1])
+        chosen.append(choose(child, (*context, *chosen)))
+    return accepted(tree, path, chosen[-1])

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from edgekit.errors import BadRequest
 from edgekit.runtime.backends import Array
-from edgekit.runtime.llm.accept import Accept, Accepted, accepted, own_draw
+from edgekit.runtime.llm.accept import Accept, Accepted, own_draw, walk
 from edgekit.runtime.llm.probs import Law, Sampling, uniforms
 from edgekit.runtime.llm.tree import TokenTree
 
@@ -233,30 +233,6 @@ class LossyRatio(LossyRule):
     def allowed(self, law: Law) -> npt.NDArray[np.bool_]:
         """See `LossyRule`."""
         return np.asarray(law >= self.gamma * law.max())
-
-
-def walk(
-    tree: TokenTree,
-    context: tuple[int, ...],
-    ends: Collection[int],
-    choose: Callable[[int, tuple[int, ...]], int],
-) -> Accepted:
-    """From the root to the child that carries the token chosen, until no child does or the text ends.
-
-    Args:
-        tree: its root is the last token of `context`.
-        context: all tokens so far.
-        ends: tokens after which nothing is chosen.
-        choose: the token that follows a node, given the node and all tokens before the choice.
-    """
-    path, chosen = [0], [choose(0, context)]
-    while chosen[-1] not in ends:
-        child = tree.child(path[-1], chosen[-1])
-        if child is None:
-            break
-        path.append(child)
-        chosen.append(choose(child, (*context, *chosen)))
-    return accepted(tree, path, chosen[-1])
 
 
 RULES: dict[str, Callable[..., Rule]] = {
