@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from edgekit.bundle.store import read_bundle
@@ -119,7 +120,7 @@ def test_the_whole_model_is_extrapolated_from_its_layers(
 ) -> None:
     """Head once, layers by their number: two of three layers measured say what three and the head cost."""
     spec, checkpoint = model
-    monkeypatch.setattr(choose, "BEYOND_CACHE", 1)
+    monkeypatch.setattr(choose, "beyond_cache", lambda: 1)
     layers = choose._write(spec, checkpoint, "int4", tmp_path)
     assert (layers, spec.layers) == (2, 3)
     seen = []
@@ -148,16 +149,40 @@ def test_a_model_measured_whole_is_not_extrapolated(
     assert choose._measure(tmp_path / "int8.onnx", spec, layers) == {n: float(n) for n in ROWS}
 
 
+def test_the_largest_cache_is_what_must_be_exceeded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the system tells; 64 MB where it tells of smaller ones, of none, or nonsense."""
+    monkeypatch.setattr(choose, "CACHES", tmp_path)
+    assert choose.beyond_cache() == choose.LEAST_LAYERS
+    for index, size in enumerate(("48K", "nonsense", "2048K", "491520K")):
+        (tmp_path / f"index{index}").mkdir()
+        (tmp_path / f"index{index}" / "size").write_text(f"{size}\n")
+        assert choose.beyond_cache() == (491520 << 10 if size == "491520K" else choose.LEAST_LAYERS)
+
+
 @pytest.mark.parametrize("name", CANDIDATES)
 def test_the_measured_layers_are_beyond_the_cache(name: str, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many layers as BEYOND_CACHE bytes take, at least two and at most all."""
+    """As many layers as make up so many bytes, at least two and at most all."""
     spec, checkpoint = model
     deep = replace(spec, windows=spec.windows * 20, ropes=spec.ropes * 20)
     shorts = [choose._build(spec, checkpoint, name, layers) for layers in (2, 3)]
     layer = stored_bytes(shorts[1][1], shorts[1][0].views) - stored_bytes(shorts[0][1], shorts[0][0].views)
     for limit, wanted in ((1, 2), (2 * layer, 2), (2 * layer + 1, 3), (10 * layer, 10), (1000 * layer, 60)):
-        monkeypatch.setattr(choose, "BEYOND_CACHE", limit)
+        monkeypatch.setattr(choose, "beyond_cache", lambda limit=limit: limit)
         assert choose._depth(deep, checkpoint, name) == wanted
+
+
+@pytest.mark.parametrize("name", CANDIDATES)
+def test_no_two_layers_are_alike(name: str, model: Model, tmp_path: Path) -> None:
+    """The engine would keep equal weights once, and the caches with it."""
+    spec, checkpoint = model
+    choose._write(spec, checkpoint, name, tmp_path)
+    graph = ir.load(tmp_path / f"{name}.onnx").graph
+    large = [tensor for value in graph.initializers.values() if (tensor := value.const_value).nbytes > 1024]
+    seen: dict[bytes, str] = {}
+    for tensor in large:
+        twin = seen.setdefault(tensor.tobytes(), tensor.name)
+        assert twin == tensor.name or "embedding" in (twin + tensor.name), (twin, tensor.name)
+    assert len(seen) > spec.layers
 
 
 @pytest.mark.parametrize("name", CANDIDATES)

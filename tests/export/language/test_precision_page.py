@@ -54,5 +54,5 @@ def test_the_figures_of_auto_are_the_codes() -> None:
     assert f"probability {choose.ACCEPTANCE} each" in section
     assert f"over n = {', '.join(map(str, choose.ROWS))}" in section
     assert f"within {choose.NOISE:.0%}".replace("%", " %") in section
-    assert f"at least {choose.BEYOND_CACHE >> 20} MB" in section
+    assert f"at least {choose.LEAST_LAYERS >> 20} MB" in section
     assert len(choose.CANDIDATES) == 5
