@@ -74,5 +74,5 @@ def _show(found: Pairing) -> None:
         ("predicted speedup", f"{found.predicted:.2f} with {found.depth} drafts a step" if found.depth else "none"),
         ("measured speedup", f"{found.speedup:.2f} ({found.slowest:.2f} to {found.fastest:.2f})"),
     ]
-    terminal.table("", ("", ""), rows)
+    terminal.table("target and draft", ("what", "found"), rows)
     show_speculation(found.speculation)
