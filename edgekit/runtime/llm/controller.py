@@ -12,20 +12,20 @@ it is tried again for a few steps, and if that failed too after twice as many, u
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
 from itertools import accumulate
 from math import nan
 from time import perf_counter
 
 from edgekit.runtime.backends import Array
 from edgekit.runtime.llm.accept import Accept, Accepted
+from edgekit.runtime.llm.arms import FIRST_REST, REPLAN, Arm
 from edgekit.runtime.llm.calibration import Calibration
 from edgekit.runtime.llm.costs import Curve
 from edgekit.runtime.llm.drafters import Ask, Drafter
 from edgekit.runtime.llm.drafters.hybrid import HybridDraft
 from edgekit.runtime.llm.ledger import Mode, ModeChange, SpeculationStats, Tally
 from edgekit.runtime.llm.planning import Plan, best_chain, best_part, best_tree
-from edgekit.runtime.llm.prices import Credit, Prices
+from edgekit.runtime.llm.prices import MOST, Credit, Prices
 from edgekit.runtime.llm.tree import Shape, TokenTree
 from edgekit.runtime.llm.verifier import Scores
 
@@ -34,8 +34,9 @@ BUSHIEST = 31  # drafts in a tree
 RANKS = 3  # siblings
 CHEAP = 0.03  # a drafter whose level takes less of a plain step is asked for all it may be lucky with
 FLAT = 1.5  # trees are thought about where four rows cost less than this many times one
-REPLAN, SETTLED = 8, 64  # steps with drafts between two plans: at first, and once nothing changes
-FIRST_REST, LONGEST_REST = 64, 1024  # tokens
+WORTHY = 1.1  # a drafter that promises so many times plain speed need not rest because of a streak of bad luck
+SETTLED = 64  # steps with drafts between two plans, once nothing changes
+LONGEST_REST = 1024  # tokens
 PROBES = 4  # steps with drafts that a probe takes
 PROBED_DEPTH = 2
 LOOSE = 4.0  # drafts of each kind that what is known counts for in a probe
@@ -45,39 +46,6 @@ FOLLOWS = 16  # tokens that a drafter may have missed and still drafts as fast a
 GLANCE = 8  # steps at rest between two that are timed
 ROOT = (-1,)
 NOTHING = Shape.chain(0)
-
-
-@dataclass
-class Arm:
-    """One drafter under control.
-
-    Attributes:
-        name: as `TokenTree.sources` has it.
-        mode: speculating, resting, or probing.
-        plan: what to ask for; None is to be made.
-        planned: steps with drafts since the plan was made.
-        every: so many of them until the next.
-        rest: tokens that the next rest takes, and offers in a row that may be declined before a probe.
-        until: the count of tokens at which it ends.
-        probes: steps with drafts left of a probe.
-        gained: plain steps that the probe gained so far.
-        seen: tokens of the text that it was asked to follow.
-        excused: it caught up in this text, uncounted.
-        declined: offers in a row that were not worth scoring.
-    """
-
-    name: str
-    mode: Mode = "speculating"
-    plan: Plan | None = None
-    planned: int = 0
-    every: int = REPLAN
-    rest: int = FIRST_REST
-    until: int = 0
-    probes: int = 0
-    gained: float = 0.0
-    seen: int = 0
-    excused: bool = False
-    declined: int = 0
 
 
 class Controller:
@@ -345,18 +313,24 @@ class Controller:
         if arm is not None:
             arm.planned += 1
             arm.probes -= 1
-            arm.gained += gained
+            arm.gained = min(arm.gained + gained, MOST)
             if arm.mode == "probing" and arm.probes <= 0:
                 self._judge(arm)
             elif arm.mode == "speculating" and arm.planned >= arm.every:
                 arm.plan, arm.every = self._plan(arm), min(2 * arm.every, SETTLED)
         for other in [arm] if arm is not None else [self._arms[name] for name in self._asked]:
             if other.mode != "resting" and not self._affords(other, 1):
-                self._rest(
-                    other, f"of the credit {self.credit.left:.2f} plain steps are left, too few for its next draft"
-                )
+                self._broke(other)
             elif other.mode == "speculating" and other.declined >= other.rest:
                 self._probe(other, f"{other.declined} offers in a row were not worth their rows")
+
+    def _broke(self, arm: Arm) -> None:
+        """Credit does not cover the next draft: a drafter that has gained, and should again, waits until it does."""
+        if arm.mode == "speculating" and arm.gained > 0:
+            arm.plan = self._plan(arm)
+            if arm.plan.speedup > WORTHY:
+                return
+        self._rest(arm, f"of the credit {self.credit.left:.2f} plain steps are left, too few for its next draft")
 
     def _judge(self, arm: Arm) -> None:
         """The end of a probe: its own outcome counts, since little else is known for sure then."""

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from edgekit.runtime.llm import prices
 from edgekit.runtime.llm.accept import Accepted
-from edgekit.runtime.llm.controller import ANCHOR, FIRST_REST, LONGEST_REST, PROBES, Controller
+from edgekit.runtime.llm.arms import FIRST_REST
+from edgekit.runtime.llm.controller import ANCHOR, LONGEST_REST, PROBES, Controller
 from edgekit.runtime.llm.drafters import Ask
 from edgekit.runtime.llm.drafters.hybrid import HybridDraft
 from edgekit.runtime.llm.tree import Shape, Source, TokenTree
