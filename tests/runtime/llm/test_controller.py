@@ -319,3 +319,15 @@ def test_no_sibling_without_its_betters():
     shape = controller._plan(controller._arms["simulated"]).shape
     links = set(zip(shape.parents, shape.ranks, strict=True))
     assert all((parent, rank - 1) in links for parent, rank in links if rank > 0)
+
+
+def test_bad_luck_does_not_send_a_proven_drafter_to_rest():
+    """After many good steps a streak of wrong drafts makes it wait for credit, not rest: soon it drafts again."""
+    found, draft = stream(lambda made, depth: 0.0 if 600 < made < 604 else 0.9)
+    found.run(600)
+    assert found.controller.stats().changes == ()
+    found.controller.credit.left = 0.3
+    before = len(draft.asked)
+    found.run(60)
+    assert found.controller.stats().changes == ()
+    assert len(draft.asked) > before + 5
