@@ -154,7 +154,12 @@ def show_stats(stats: Stats) -> None:
 
 def show_speculation(stats: SpeculationStats) -> None:
     """What the drafter did and why the controller did what it did."""
-    spent = {"drafting": stats.draft_seconds, "verifying": stats.verify_seconds, "drawing": stats.accept_seconds}
+    spent = {
+        "drafting": stats.draft_seconds,
+        "verifying": stats.verify_seconds,
+        "drawing": stats.accept_seconds,
+        "at rest": stats.rest_seconds,
+    }
     terminal.show_figures(
         {
             "drafter": ", ".join(f"{name} {mode}" for name, mode in stats.modes.items()),

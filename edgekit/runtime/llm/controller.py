@@ -43,7 +43,7 @@ LOOSE = 4.0  # drafts of each kind that what is known counts for in a probe
 ANCHOR = 64  # steps with drafts after which one step goes without, so that its cost stays known
 FREE = 1.2  # a tree that costs less than this many times one row is not cut where it has guesses to be improved
 FOLLOWS = 16  # tokens that a drafter may have missed and still drafts as fast as ever
-GLANCE = 8  # steps at rest between two that are timed
+GLANCE = 16  # steps at rest to one that is timed
 ROOT = (-1,)
 NOTHING = Shape.chain(0)
 
@@ -87,6 +87,7 @@ class Controller:
         self._length = 0  # of the text
         self._source, self._levels = "", 0  # of the tree as it was drafted
         self._asleep = 0  # the count of tokens until which every drafter rests
+        self._dozing, self._dozed, self._rest_seconds = False, 0, 0.0  # steps at rest that are not counted yet
         self._past, self.tally = Tally(), Tally()  # of the texts before, of this one
         self.begin()
 
@@ -94,6 +95,7 @@ class Controller:
         """A new text: its prompt comes first, and drafters that rest do so for half as long."""
         self._prompt = True
         self._asleep = 0
+        self._wake()
         self._past.merge(self.tally)
         self.tally = Tally()
         self.credit.begin()
@@ -105,6 +107,8 @@ class Controller:
         """The same rule; the time it takes is not taken for verification."""
 
         def watched(tree: TokenTree, logits: Array, context: tuple[int, ...], ends: Collection[int] = ()) -> Accepted:
+            if self._dozing:
+                return rule(tree, logits, context, ends)
             start = self._clock()
             step = rule(tree, logits, context, ends)
             self._accepting = self._clock() - start
@@ -114,6 +118,7 @@ class Controller:
 
     def stats(self, *, total: bool = False) -> SpeculationStats:
         """Of the request since the last `begin`, or of all of them."""
+        self._wake()
         curve = self.prices.curve
         relative = {rows: round(curve.relative(rows), 3) for rows in curve.rows}
         modes: dict[str, Mode] = {arm.name: arm.mode for arm in self._arms.values()}
@@ -125,10 +130,12 @@ class Controller:
     def propose(self, tokens: tuple[int, ...], ask: Ask) -> TokenTree:
         """The part of a drafter's tree that is worth scoring; the root alone with the prompt and at rest."""
         start = self._clock()
+        self._dozing = self._made < self._asleep and self._made % GLANCE > 0
+        if self._dozing:  # every token of a text that nobody can guess comes by here
+            self._began = start
+            return TokenTree(tokens[-1:], ROOT)
+        self._wake()
         tree, self._length, self._levels, self._source = TokenTree(tokens[-1:], ROOT), len(tokens), 0, ""
-        if self._made < self._asleep:
-            self._began, self._drafting, self._accepting = start, 0.0, 0.0
-            return tree
         shapes = {} if self._prompt or self._anchors() else self._shapes()
         self._asked = [name for name, shape in shapes.items() if len(shape.parents) > 1]
         if shapes and not self._asked:
@@ -145,15 +152,16 @@ class Controller:
         return tree
 
     def observe(self, tree: TokenTree, step: Accepted, scores: Scores) -> None:
-        """Learn what the step cost and which drafts stood."""
+        """Learn what the step cost and which drafts stood; while every drafter rests, next to nothing."""
+        if self._dozing:
+            self._made += 1
+            self._dozed += 1
+            self._rest_seconds += self._clock() - self._began
+            return
         verifying = self._clock() - self._began - self._accepting
         self._made += len(step.tokens)
         if self._prompt:
             self._prompt = False
-            self._drafter.observe(tree, step, scores)
-            return
-        if self._made <= self._asleep:
-            self._doze(verifying, len(step.tokens))
             self._drafter.observe(tree, step, scores)
             return
         self._count(tree, step)
@@ -166,13 +174,12 @@ class Controller:
         if self._fixed is None:
             self._decide(tree, gained)
 
-    def _doze(self, verifying: float, tokens: int) -> None:
-        """A step while every drafter rests, which must cost next to nothing."""
-        self.tally.plain(tokens)
-        self.tally.time(0.0, verifying, self._accepting)
-        self.credit.grow(tokens)
-        if self._made % GLANCE == 0:
-            self.prices.saw_plain(verifying)
+    def _wake(self) -> None:
+        """Count the steps at rest."""
+        if self._dozed:
+            self.tally.rest(self._dozed, self._rest_seconds)
+            self.credit.grow(self._dozed)
+            self._dozed, self._rest_seconds = 0, 0.0
 
     # Asking
 
@@ -266,7 +273,7 @@ class Controller:
 
     def _learn_cost(self, tree: TokenTree, step: Accepted, seconds: float) -> float:
         """Move prices towards what the step took, and settle what drafts gained or lost, in plain steps."""
-        plain, drafting = self.prices.plain, self._learn_draft()
+        plain, drafting = self.prices.plain, self._learn_draft() if self._asked else 0.0
         if len(tree) == 1:
             self.prices.saw_plain(seconds)
             self._since_plain = 0

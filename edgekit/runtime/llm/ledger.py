@@ -65,6 +65,7 @@ class SpeculationStats:
         draft_seconds: looking up and running drafts, and deciding about them.
         verify_seconds: scoring trees and keeping what stands.
         accept_seconds: drawing tokens.
+        rest_seconds: steps while every drafter rested, drawing included.
         plain_ms: what one step of ordinary decoding takes now.
         speedup: estimated: what the tokens would have taken by ordinary decoding, over what they took.
         curve: T(n) / T(1) by rows n, as it is believed now.
@@ -90,6 +91,7 @@ class SpeculationStats:
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
     accept_seconds: float = 0.0
+    rest_seconds: float = 0.0
     plain_ms: float = 0.0
     speedup: float = 1.0
     curve: dict[int, float] = field(default_factory=dict)
@@ -107,8 +109,8 @@ class Tally:
     """Counts of the steps since it was made."""
 
     def __init__(self) -> None:
-        self.steps = self.tokens = self.rows = 0
-        self.draft_seconds = self.verify_seconds = self.accept_seconds = 0.0
+        self.steps = self.tokens = self.rows = self.rested = 0
+        self.draft_seconds = self.verify_seconds = self.accept_seconds = self.rest_seconds = 0.0
         self.changes: list[ModeChange] = []
         self._depths: Counter[int] = Counter()
         self._stood: Counter[int] = Counter()
@@ -135,6 +137,14 @@ class Tally:
         self.tokens += tokens
         self.rows += 1
 
+    def rest(self, steps: int, seconds: float) -> None:
+        """Count steps of one token each, made while every drafter rested."""
+        self.steps += steps
+        self.tokens += steps
+        self.rows += steps
+        self.rest_seconds += seconds
+        self.rested += steps
+
     def time(self, draft: float, verify: float, accept: float) -> None:
         """Add the seconds of a step."""
         self.draft_seconds += draft
@@ -147,6 +157,8 @@ class Tally:
         self.steps += other.steps
         self.tokens += other.tokens
         self.rows += other.rows
+        self.rested += other.rested
+        self.rest_seconds += other.rest_seconds
         self.time(other.draft_seconds, other.verify_seconds, other.accept_seconds)
         self._depths.update(other._depths)
         self._stood.update(other._stood)
@@ -155,7 +167,8 @@ class Tally:
 
     def stats(self, drafter: str, plain: float, curve: dict[int, float], modes: dict[str, Mode]) -> SpeculationStats:
         """The figures so far; `plain` is the seconds of a step of ordinary decoding."""
-        spent = self.draft_seconds + self.verify_seconds + self.accept_seconds
+        spent = self.draft_seconds + self.verify_seconds + self.accept_seconds + self.rest_seconds
+        alone = (self.tokens - self.rested) * plain + self.accept_seconds + self.rest_seconds
         rates = (DepthStats(depth, n, self._stood[depth], self._stood[depth] / n) for depth, n in self._depths.items())
         return SpeculationStats(
             drafter=drafter,
@@ -171,7 +184,8 @@ class Tally:
             verify_seconds=self.verify_seconds,
             accept_seconds=self.accept_seconds,
             plain_ms=1e3 * plain,
-            speedup=(self.tokens * plain + self.accept_seconds) / spent if spent else 1.0,
+            rest_seconds=self.rest_seconds,
+            speedup=alone / spent if spent else 1.0,
             curve=curve,
             modes=modes,
             changes=tuple(self.changes),

@@ -57,7 +57,10 @@ class Drafter(Protocol):
         """A tree whose root is `tokens[-1]`."""
 
     def observe(self, tree: TokenTree, step: Accepted, scores: Scores) -> None:
-        """The outcome: `tree` as it was scored, what of it stands, and the rows; `scores` is valid in the call only."""
+        """The outcome: `tree` as it was scored, what of it stands, and the rows; `scores` is valid in the call only.
+
+        Steps while a controller lets every drafter rest are not told.
+        """
 
 
 class NoDraft:
