@@ -6,16 +6,48 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from edgekit.bundle.manifest import Decoding, Manifest, Part
-from edgekit.bundle.recipe import Call, Stage
+from edgekit.bundle.recipe import Rank, Retrieve, Stage
 from edgekit.errors import BadManifest, UnfedInput
 
-# Where in a recipe a built-in source has a value; `@tokens` also as `@tokens.<tokenizer>`.
-GIVEN = {
-    "conditions": {"@tokens", "@time_ids", "@image"},
-    "encode": {"@image", "@previous", "@tokens", "@time_ids"},
-    "denoise": {"@x", "@t", "@tokens", "@time_ids", "@w_embedding", "@image", "@previous"},
-    "decode": {"@latent", "@tokens", "@time_ids", "@image", "@previous"},
+# Where in a recipe a built-in source has a value; those in NAMED may have a name after a dot, those in BY_NAME must.
+ALWAYS = {
+    "@tokens",
+    "@mask",
+    "@time_ids",
+    "@size",
+    "@aspect",
+    "@seconds",
+    "@const",
+    "@input",
+    "@image",
+    "@control",
+    "@control_scale",
+    "@inpaint_mask",
+    "@masked_image",
 }
+GIVEN = {
+    "conditions": ALWAYS,
+    "encode": ALWAYS | {"@previous"},
+    "denoise": ALWAYS
+    | {
+        "@x",
+        "@t",
+        "@r",
+        "@row",
+        "@codebook",
+        "@decided",
+        "@random",
+        "@w_embedding",
+        "@guidance",
+        "@start",
+        "@previous",
+    },
+    "decode": ALWAYS | {"@latent", "@start", "@previous"},
+    "finished": ALWAYS | {"@previous"},
+}
+NAMED = ("@tokens", "@mask", "@const", "@input", "@random")
+BY_NAME = ("@const", "@input", "@random")
+SCALED = {"@w_embedding": "w_embedding", "@guidance": "embedded"}  # sources of one kind of guidance only
 
 # What the language runtime feeds besides the attention biases and the KV buffers, by dialect: name -> dtype.
 LANGUAGE_INPUTS = {
@@ -27,12 +59,17 @@ LANGUAGE_INPUTS = {
         "rows": "int64",
     },
     "std": {"input_ids": "int64", "position_ids": "int64", "write_indices": "int64", "rows": "int64"},
+    "concat": {"input_ids": "int64", "position_ids": "int64", "attention_mask": "int64", "rows": "int64"},
 }
 
 
 @dataclass(frozen=True)
 class _Run:
-    """One run of one part: where the recipe asks for it, what feeds it, and which of its outputs is taken."""
+    """One run of one part: where the recipe asks for it, what feeds it, and which of its outputs is taken.
+
+    `carry` are inputs that an output of the run before feeds; `loose` allows feeds the part has no input for (a
+    stage's variants share one list of feeds); `gives` says that later runs may be fed its outputs.
+    """
 
     where: str
     place: str
@@ -40,6 +77,9 @@ class _Run:
     feeds: Mapping[str, str]
     output: str | None = None
     stage: Stage | None = None
+    carry: tuple[str, ...] = ()
+    loose: bool = False
+    gives: bool = False
 
 
 def check_feeds(manifest: Manifest) -> None:
@@ -54,7 +94,7 @@ def check_feeds(manifest: Manifest) -> None:
     for run in _runs(manifest):
         part = _check_run(manifest, run, given)
         used.add(run.part)
-        if run.place == "conditions":
+        if run.gives:
             given |= {f"{run.part}.{spec.name}" for spec in part.outputs}
     if manifest.decoding is not None:
         check_decoding(manifest, manifest.decoding)
@@ -78,8 +118,8 @@ def check_decoding(manifest: Manifest, decoding: Decoding) -> None:
     kv = decoding.kv.dtype
     caches = [f"{i}.{half}" for i in range(decoding.kv.layers) for half in ("key", "value")]
     required = LANGUAGE_INPUTS[decoding.dialect] | {f"past.{cache}": kv for cache in caches}
-    biases = {"attention_bias": kv}
-    if decoding.sliding_window is not None:
+    biases = {} if decoding.dialect == "concat" else {"attention_bias": kv}
+    if decoding.sliding_window is not None and biases:
         biases["attention_bias_sliding"] = kv
     inputs = {spec.name: spec.dtype for spec in part.inputs}
     outputs = {spec.name: spec.dtype for spec in part.outputs}
@@ -127,18 +167,41 @@ def _check_hidden(decoding: Decoding, part: Part) -> None:
 
 def _runs(manifest: Manifest) -> Iterator[_Run]:
     """Every run the recipe asks for, in the order the runtime makes them."""
-    if manifest.recipe is None:
+    recipe = manifest.recipe
+    if recipe is None:
         return
-    for number, call in enumerate(manifest.recipe.conditions):
-        yield _Run(f"recipe.conditions[{number}]", "conditions", call.part, call.feeds)
-    for stage in manifest.recipe.stages:
-        where, decode, net = f"recipe.stages.{stage.name}", stage.decode, stage.denoise
-        encode: Call | None = stage.init.encode
-        if encode is not None:
-            yield _Run(f"{where}.init.encode", "encode", encode.part, encode.feeds, stage=stage)
-        yield _Run(f"{where}.denoise", "denoise", net.part, net.feeds, net.output, stage)
+    for number, call in enumerate(recipe.conditions):
+        yield _Run(f"recipe.conditions[{number}]", "conditions", call.part, call.feeds, gives=True)
+    if recipe.select is not None:
+        yield _Run("recipe.select", "conditions", recipe.select.part, recipe.select.feeds, recipe.select.output)
+    for stage in recipe.stages:
+        yield from _runs_of(stage)
+    for number, hook in enumerate(recipe.hooks):
+        if isinstance(hook, Retrieve):
+            yield _Run(f"recipe.hooks[{number}]", "conditions", hook.part, {}, "keys")
+        elif isinstance(hook, Rank):
+            yield _Run(f"recipe.hooks[{number}]", "finished", hook.part, hook.feeds, hook.output)
+
+
+def _runs_of(stage: Stage) -> Iterator[_Run]:
+    where, net = f"recipe.stages.{stage.name}", stage.denoise
+    if stage.init.encode is not None:
+        encode = stage.init.encode
+        yield _Run(f"{where}.init.encode", "encode", encode.part, encode.feeds, stage=stage)
+    for number, call in enumerate(net.before):
+        yield _Run(f"{where}.denoise.before[{number}]", "denoise", call.part, call.feeds, stage=stage, gives=True)
+    parts = tuple(dict.fromkeys(stage.sampler.nets)) or (net.part,)
+    for part in parts:
+        loose = len(parts) > 1
+        yield _Run(f"{where}.denoise", "denoise", part, net.feeds, net.output, stage, net.carry, loose)
+    if stage.sampler.tokens is not None and stage.sampler.tokens.confidence is not None:
+        yield _Run(f"{where}.sampler", "denoise", stage.sampler.tokens.confidence, net.feeds, stage=stage, loose=True)
+    for decode in (stage.decode, stage.decode.preview if stage.decode is not None else None):
         if decode is not None:
             yield _Run(f"{where}.decode", "decode", decode.part, decode.feeds, decode.output, stage)
+    if stage.accept is not None:
+        accept = stage.accept
+        yield _Run(f"{where}.accept", "finished", accept.part, accept.feeds, accept.output, stage)
 
 
 def _check_run(manifest: Manifest, run: _Run, given: set[str]) -> Part:
@@ -147,9 +210,11 @@ def _check_run(manifest: Manifest, run: _Run, given: set[str]) -> Part:
         raise BadManifest(f"{run.where} runs {run.part!r}; the parts are {', '.join(manifest.parts) or 'none'}")
     inputs = [spec.name for spec in part.inputs]
     for name in inputs:
-        if name not in run.feeds:
+        if name not in run.feeds and name not in run.carry:
             raise UnfedInput(f"{run.where} does not feed {name!r} of {run.part}; every graph input needs a source")
     for name, source in run.feeds.items():
+        if name not in inputs and run.loose:
+            continue
         if name not in inputs:
             raise BadManifest(f"{run.where} feeds {name!r}, but {run.part} takes {', '.join(inputs) or 'nothing'}")
         _check_source(manifest, run, name, source, given)
@@ -165,16 +230,20 @@ def _check_source(manifest: Manifest, run: _Run, name: str, source: str, given: 
             raise UnfedInput(f"{where}, but no earlier condition gives that; these are given: {_listed(given)}")
         return
     kind, _, argument = source.partition(".")
-    if kind not in GIVEN[run.place] or (argument and kind != "@tokens"):
+    if kind not in GIVEN[run.place] or (argument and kind not in NAMED) or (not argument and kind in BY_NAME):
         raise UnfedInput(f"{where}, which has no value there; built-in sources there: {_listed(GIVEN[run.place])}")
-    if kind == "@tokens" and (argument or "default") not in manifest.tokenizers:
+    if kind == "@const" and (manifest.recipe is None or argument not in manifest.recipe.constants):
+        raise BadManifest(
+            f"{where}, but the recipe's constants are {_listed(manifest.recipe.constants if manifest.recipe else ())}"
+        )
+    if kind in ("@tokens", "@mask") and (argument or "default") not in manifest.tokenizers:
         raise BadManifest(f"{where}, but the tokenizers are {_listed(manifest.tokenizers)}")
     stage, recipe = run.stage, manifest.recipe
     if stage is None or recipe is None:
         return
-    if kind == "@previous" and stage is recipe.stages[0]:
+    if kind == "@previous" and run.place != "finished" and stage is recipe.stages[0]:
         raise UnfedInput(f"{where}, but {stage.name} is the first stage: no picture comes before it")
-    if kind == "@w_embedding" and stage.guidance.kind != "w_embedding":
+    if kind in SCALED and stage.guidance.kind != SCALED[kind]:
         raise UnfedInput(f"{where}, but the stage's guidance is {stage.guidance.kind!r}")
 
 

@@ -8,7 +8,7 @@ recurse. Field numbers are those of onnx.proto (ONNX IR specification); the enco
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,12 +59,16 @@ class ExternalData:
 
 @dataclass(frozen=True, slots=True)
 class GraphFile:
-    """The signature of a graph, the operators it calls (`domain::Op`), and every byte it takes from elsewhere."""
+    """The signature of a graph, the operators it calls (`domain::Op`), and every byte it takes from elsewhere.
+
+    `opsets` are the versions it imports, by domain, the standard one as `ai.onnx`.
+    """
 
     inputs: tuple[GraphTensor, ...]
     outputs: tuple[GraphTensor, ...]
     operators: frozenset[str]
     external: tuple[ExternalData, ...]
+    opsets: Mapping[str, int]
 
 
 def read_graph(path: Path) -> GraphFile:
@@ -109,7 +113,8 @@ def _read_model(model: memoryview) -> GraphFile:
     for names in ([tensor.name for tensor in inputs], [tensor.name for tensor in outputs]):
         if len(set(names)) != len(names):
             raise _Malformed("two graph inputs or two outputs share a name")
-    return GraphFile(free, outputs, frozenset(operators), tuple(external))
+    opsets = {_text(entry, 1) or "ai.onnx": _number(entry, 2) or 0 for entry in _messages(model, 8)}
+    return GraphFile(free, outputs, frozenset(operators), tuple(external), opsets)
 
 
 def _walk(model: memoryview) -> Iterator[tuple[str, memoryview]]:

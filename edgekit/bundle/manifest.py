@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from edgekit.bundle.recipe import Name, Recipe, Table
+from edgekit.bundle.recipe import Name, Recipe, Table, Value
 from edgekit.errors import BadManifest, UnknownFormat, UnsafePath, WrongSize
 
 FORMAT = 1
@@ -24,11 +24,7 @@ Count = Annotated[int, msgspec.Meta(ge=0, le=2**48)]
 Text = Annotated[str, msgspec.Meta(max_length=1 << 20)]
 
 
-class _Value(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """Frozen, validated, and written without its defaults."""
-
-
-class FileEntry(_Value, frozen=True):
+class FileEntry(Value, frozen=True):
     """One file of the bundle; `path` is relative, with forward slashes, and stays inside."""
 
     path: Annotated[str, msgspec.Meta(min_length=1, max_length=512)]
@@ -39,7 +35,7 @@ class FileEntry(_Value, frozen=True):
         check_path(self.path)
 
 
-class TensorSpec(_Value, frozen=True):
+class TensorSpec(Value, frozen=True):
     """A graph input or output: integers are fixed sizes, names are dynamic axes."""
 
     name: str
@@ -47,14 +43,14 @@ class TensorSpec(_Value, frozen=True):
     shape: tuple[Dim, ...]
 
 
-class AxisRange(_Value, frozen=True):
+class AxisRange(Value, frozen=True):
     """Legal sizes of a dynamic axis."""
 
     min: Count = 1
     max: Count = 2**31
 
 
-class Part(_Value, frozen=True):
+class Part(Value, frozen=True):
     """One graph, the data files its weights lie in, and its signature."""
 
     graph: str
@@ -69,7 +65,7 @@ class Part(_Value, frozen=True):
             check_path(path)
 
 
-class KVCacheLayout(_Value, frozen=True):
+class KVCacheLayout(Value, frozen=True):
     """Shape of one layer's key (and value) buffer: (batch, heads, capacity, head_dim)."""
 
     layers: Annotated[int, msgspec.Meta(ge=1, le=1000)]
@@ -78,7 +74,7 @@ class KVCacheLayout(_Value, frozen=True):
     dtype: Literal["float32", "float16"] = "float32"
 
 
-class SamplingDefaults(_Value, frozen=True):
+class SamplingDefaults(Value, frozen=True):
     """What `generation_config.json` recommends; `temperature` 0 is greedy decoding."""
 
     temperature: float = 0.0
@@ -88,11 +84,11 @@ class SamplingDefaults(_Value, frozen=True):
     repetition_penalty: float = 1.0
 
 
-class Decoding(_Value, frozen=True):
-    """The language-model contract. `dialect` says which inputs the graph has (docs/bundle.md lists both)."""
+class Decoding(Value, frozen=True):
+    """The language-model contract. `dialect` says which inputs the graph has (docs/bundle.md lists them)."""
 
     part: Name
-    dialect: Literal["ort", "std"]
+    dialect: Literal["ort", "std", "concat"]
     context_length: Annotated[int, msgspec.Meta(ge=1, le=2**31)]
     vocab_size: Annotated[int, msgspec.Meta(ge=2, le=2**31)]
     kv: KVCacheLayout
@@ -102,11 +98,12 @@ class Decoding(_Value, frozen=True):
     defaults: SamplingDefaults = SamplingDefaults()
 
 
-class Tokenizer(_Value, frozen=True):
+class Tokenizer(Value, frozen=True):
     """A `tokenizer.json`, its content hash, and how a prompt becomes ids.
 
     `length` pads or cuts to a fixed number of ids with `pad` (text encoders); None leaves the length free.
-    `chat_template` is the path of a jinja2 file, run in a sandbox.
+    `chat_template` is the path of a jinja2 file, run in a sandbox. A text encoder's prompt is put into `template` in
+    place of its one `{}` (an instruction, a chat's turns), with `lower` first stripped and put into lower case.
     """
 
     file: str
@@ -115,6 +112,8 @@ class Tokenizer(_Value, frozen=True):
     pad: int | None = None
     chat_template: str | None = None
     special: dict[str, str] = {}
+    template: Annotated[str, msgspec.Meta(max_length=1 << 16, pattern=r"^[^{}]*\{\}[^{}]*$")] | None = None
+    lower: bool = False
 
     def __post_init__(self) -> None:
         check_path(self.file)
@@ -122,7 +121,7 @@ class Tokenizer(_Value, frozen=True):
             check_path(self.chat_template)
 
 
-class Gate(_Value, frozen=True):
+class Gate(Value, frozen=True):
     """One measured check the bundle passed: `value` against `limit`, in the words of `what`."""
 
     what: str
@@ -130,14 +129,14 @@ class Gate(_Value, frozen=True):
     limit: float
 
 
-class PrecisionRecord(_Value, frozen=True):
+class PrecisionRecord(Value, frozen=True):
     """What was asked, and the checks it passed. Per-part precision stands with the part."""
 
     requested: str = "fp32"
     gates: tuple[Gate, ...] = ()
 
 
-class Provenance(_Value, frozen=True):
+class Provenance(Value, frozen=True):
     """Where the weights came from and what made the bundle.
 
     `request` is the hash of source, options and version: an equal request finds its work already done.
@@ -152,11 +151,24 @@ class Provenance(_Value, frozen=True):
     created: str = ""
 
 
-class Manifest(_Value, frozen=True):
+Task = Literal[
+    "text-generation",
+    "text-to-image",
+    "image-to-image",
+    "super-resolution",
+    "unconditional-image",
+    "text-to-video",
+    "image-to-video",
+    "text-to-audio",
+    "arrays",  # anything else: arrays in, arrays out
+]
+
+
+class Manifest(Value, frozen=True):
     """The whole of `edgekit.json`."""
 
     format: int
-    task: Literal["text-generation", "text-to-image", "super-resolution"]
+    task: Task
     family: str
     parts: dict[Name, Part]
     files: tuple[FileEntry, ...]

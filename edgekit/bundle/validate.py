@@ -9,10 +9,11 @@ import math
 from collections.abc import Iterable, Mapping
 from pathlib import PurePosixPath
 
+from edgekit.bundle.combinations import check_combinations
 from edgekit.bundle.feeds import check_feeds
 from edgekit.bundle.graphfile import ExternalData, GraphFile, GraphTensor
 from edgekit.bundle.manifest import MANIFEST_FILE, Manifest, Part, TensorSpec, parse
-from edgekit.bundle.recipe import COLUMNS, Recipe, Sampler, Table
+from edgekit.bundle.recipe import COLUMNS, TABLE_FREE, Recipe, Stage, Table
 from edgekit.errors import BadGraph, BadManifest, MissingFile, TableMismatch, UnsafePath, WrongSize
 
 MAX_ELEMENTS = 2**36  # of one tensor: 256 GiB of float32, more than any device this is for
@@ -139,19 +140,11 @@ def _check_recipe(recipe: Recipe) -> None:
     if len(set(names)) != len(names):
         raise BadManifest("recipe.stages names a stage twice")
     for stage in recipe.stages:
-        where, init = f"recipe.stages.{stage.name}", stage.init
-        _check_sampler(f"{where}.sampler", stage.sampler)
-        _check_elements(f"{where}.init", (init.channels, init.height // init.downscale, init.width // init.downscale))
-        if stage.guidance.kind == "w_embedding" and not stage.guidance.dim:
-            raise BadManifest(f"{where}.guidance feeds an embedding of the scale, but gives no `dim`")
-
-
-def _check_sampler(where: str, sampler: Sampler) -> None:
-    if sampler.steps not in sampler.legal_steps:
-        legal = ", ".join(map(str, sampler.legal_steps)) or "none"
-        raise BadManifest(f"{where}.steps is {sampler.steps}, which is not among its legal_steps ({legal})")
-    if len(set(sampler.legal_steps)) != len(sampler.legal_steps):
-        raise BadManifest(f"{where}.legal_steps lists a count twice")
+        init = stage.init
+        sides = (init.channels, init.height // init.downscale, init.width // init.downscale)
+        _check_elements(f"recipe.stages.{stage.name}.init", sides)
+        _check_elements(f"recipe.stages.{stage.name}.init", (side for side in init.shape if isinstance(side, int)))
+    check_combinations(recipe)
 
 
 def _check_tables(manifest: Manifest) -> None:
@@ -161,13 +154,24 @@ def _check_tables(manifest: Manifest) -> None:
         where = f"the table of stage {table.stage!r} with {table.steps} steps"
         if table.stage not in stages:
             raise TableMismatch(f"{where}: the recipe has no such stage ({', '.join(stages) or 'it has none'})")
-        legal = stages[table.stage].sampler.legal_steps
-        if table.steps not in legal:
-            raise TableMismatch(f"{where}: the recipe's legal step counts are {', '.join(map(str, legal))}")
+        _check_table_of(where, table, stages[table.stage])
         if (table.stage, table.steps) in seen:
             raise TableMismatch(f"{where} is there twice")
         seen.add((table.stage, table.steps))
         _check_rows(where, table)
+
+
+def _check_table_of(where: str, table: Table, stage: Stage) -> None:
+    sampler = stage.sampler
+    if sampler.kind in TABLE_FREE:
+        raise TableMismatch(f"{where}: sampler {sampler.kind!r} runs without one; leave it out")
+    if table.steps not in sampler.legal_steps:
+        raise TableMismatch(f"{where}: the recipe's legal step counts are {', '.join(map(str, sampler.legal_steps))}")
+    if table.nets != sampler.nets or (table.nets and len(table.nets) != len(table.rows)):
+        raise TableMismatch(
+            f"{where}: its {len(table.rows)} rows run {', '.join(table.nets) or 'one part'}, the recipe's "
+            f"{', '.join(sampler.nets) or 'one part'}"
+        )
 
 
 def _check_rows(where: str, table: Table) -> None:

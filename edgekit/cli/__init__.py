@@ -8,7 +8,7 @@ import sys
 
 import click
 
-from edgekit.cli import demo, doctor, export, inspect, pair, run, terminal
+from edgekit.cli import demo, doctor, export, inspect, pair, recipes, run, terminal
 
 CONTEXT = {"auto_envvar_prefix": "EDGEKIT", "help_option_names": ["-h", "--help"], "max_content_width": 100}
 EPILOG = """Every option can be set as EDGEKIT_VERB_OPTION. Exit codes: 0 ok, 1 failure, 2 usage, 3 gate failed,
@@ -18,6 +18,7 @@ VERBS = {
     "run": run.command,
     "inspect": inspect.command,
     "pair": pair.command,
+    "recipes": recipes.command,
     "doctor": doctor.command,
     "demo": demo.command,
 }

@@ -12,7 +12,7 @@ import click
 from edgekit.cli import terminal
 
 if TYPE_CHECKING:
-    from edgekit.runtime.diffusion.pipeline import ImagePipeline
+    from edgekit.runtime.diffusion.pipeline import FewStepPipeline
     from edgekit.runtime.llm.pipeline import TextPipeline
 
 PICTURES = (
@@ -123,7 +123,7 @@ def draw(output: Path, seed: int) -> list[dict[str, Any]]:
     """Every prompt at every step count: one PNG each, and one sheet of all of them."""
     from edgekit.runtime.tasks import load
 
-    model: ImagePipeline = load(output / "emoji.bundle", task="text-to-image")
+    model: FewStepPipeline = load(output / "emoji.bundle", task="text-to-image")
     rows, grid = [], []
     for prompt in PICTURES:
         line = []

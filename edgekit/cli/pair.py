@@ -43,7 +43,7 @@ def command(
         from edgekit.runtime.backends.devices import choose
         from edgekit.runtime.llm.pairing import SAMPLE, pair
 
-        sample = SAMPLE if text is None else read_prompt(None, text)
+        sample = SAMPLE if text is None else read_prompt(None, text) or ""
         with terminal.progress(quiet=quiet or json) as report:
             found = pair(
                 target,

@@ -6,27 +6,23 @@ import io
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 from click.core import ParameterSource
 
-from edgekit.cli import run_text, terminal
+from edgekit.cli import run_draw, run_text, terminal
 
-if TYPE_CHECKING:
-    from edgekit.runtime.diffusion.pipeline import ImagePipeline, ImageResult
-
-IMAGE = ("steps", "negative", "guidance", "width", "height", "batch", "image", "strength", "seed_mode")
-OTHER_PICTURES = {".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
+ONE_PROMPT = "give exactly one of --prompt TEXT, --prompt - (standard input) and --prompt-file FILE"
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What every kind of run may be asked for."""
+    """What every kind of run may be asked for; a prompt that nobody gave is None."""
 
-    prompt: str
+    prompt: str | None
     output: Path | None
     seed: int
     stats: bool
@@ -38,7 +34,7 @@ class Asked:
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("-p", "--prompt", help="What to make; - reads stdin.")
 @click.option("--prompt-file", type=click.Path(path_type=Path), help="Read the prompt from a file.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="PNG (image) or text file to write.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="File to write: its ending says the format.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:N, or auto.")
 @click.option(
     "--threads",
@@ -47,6 +43,7 @@ class Asked:
     show_default=True,
     help="Engine threads; 0 leaves the choice to the engine.",
 )
+@click.option("--max-memory", metavar="SIZE", help="Take no more than this (2GB): parts in order, decoding in tiles.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same result.")
 @click.option("--system", help="System message; implies --chat.")
 @click.option("--chat", is_flag=True, help="Use the chat template.")
@@ -75,9 +72,21 @@ class Asked:
 @click.option("--guidance", type=float, help="Guidance scale.")
 @click.option("--width", type=int, help="Pixels.")
 @click.option("--height", type=int, help="Pixels.")
-@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Pictures to make.")
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="How many to make.")
 @click.option("--image", type=click.Path(path_type=Path), help="Start from this picture.")
 @click.option("--strength", type=float, help="How much of it to redraw.")
+@click.option("--mask", type=click.Path(path_type=Path), help="Redraw --image only where this picture is white.")
+@click.option("--control", type=click.Path(path_type=Path), help="Follow this picture (ControlNet).")
+@click.option("--control-scale", type=float, help="How closely; 1 by default.")
+@click.option("--frames", type=click.IntRange(min=1), help="Frames of a video.")
+@click.option("--seconds", type=float, help="Seconds of sound.")
+@click.option(
+    "--input", "inputs", multiple=True, metavar="NAME=FILE.npy", help="An array the bundle takes. Repeatable."
+)
+@click.option("--tiny", is_flag=True, help="Decode by the small decoder: much faster, a little worse.")
+@click.option("--tile", type=click.IntRange(min=64), help="Decode in tiles of so many pixels: less memory.")
+@click.option("--preview", is_flag=True, help="Write every step's estimate beside the output.")
+@click.option("--grid", is_flag=True, help="Write a contact sheet of the batch as well.")
 @click.option("--seed-mode", default="philox", show_default=True, help="philox or torch-cpu.")
 @click.option("--stats", is_flag=True, help="Print times and counts.")
 @terminal.json_option
@@ -86,22 +95,22 @@ class Asked:
 def command(bundle: Path, json: bool, **options: Any) -> None:
     """Run a bundle, without torch.
 
-    Text bundles take the options from --system to --prefix-cache, image bundles those from --steps to --seed-mode.
+    Text bundles take the options from --system to --prefix-cache, all others those from --steps to --seed-mode.
     """
     terminal.run_verb(lambda: _run(bundle, json, options), as_json=json)
 
 
-def read_prompt(prompt: str | None, file: Path | None) -> str:
-    """The prompt from the option, from a file, or from standard input.
+def read_prompt(prompt: str | None, file: Path | None) -> str | None:
+    """The prompt from the option, from a file, or from standard input; None where none was given.
 
     Raises:
-        BadRequest: none or two given, or the file cannot be read as UTF-8.
+        BadRequest: two given, or the file cannot be read as UTF-8.
     """
     from edgekit.errors import BadRequest
 
-    if (prompt is None) == (file is None):
-        raise BadRequest("give exactly one of --prompt TEXT, --prompt - (standard input) and --prompt-file FILE")
-    if prompt is not None and prompt != "-":
+    if prompt is not None and file is not None:
+        raise BadRequest(ONE_PROMPT)
+    if file is None and prompt != "-":
         return prompt
     try:
         if file is not None:
@@ -114,6 +123,7 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
 
 
 def _run(bundle: Path, as_json: bool, options: dict[str, Any]) -> None:
+    from edgekit.errors import BadRequest
     from edgekit.runtime.backends.devices import choose
     from edgekit.runtime.llm.pipeline import TextPipeline
     from edgekit.runtime.tasks import load
@@ -127,13 +137,16 @@ def _run(bundle: Path, as_json: bool, options: dict[str, Any]) -> None:
     if options["device"] == "auto" and not asked.quiet:
         terminal.note(f"device: {chosen}")
     setup = run_text.setup(options) if given(run_text.SETUP) else {}
-    model = load(bundle, device=chosen, threads=options["threads"], verify=options["verify"], **setup)
+    limit = None if options["max_memory"] is None else terminal.parse_bytes(options["max_memory"])
+    model = load(bundle, device=chosen, threads=options["threads"], verify=options["verify"], max_memory=limit, **setup)
     if isinstance(model, TextPipeline):
-        _refuse(given(IMAGE), "image")
+        _refuse(given((*run_draw.REQUEST, *run_draw.OUTPUT)), "few-step")
+        if prompt is None:
+            raise BadRequest(ONE_PROMPT)
         run_text.run(model, asked, {name: options[name] for name in (*run_text.REQUEST, *run_text.SETUP)})
     else:
         _refuse(given((*run_text.REQUEST, *run_text.SETUP)), "text")
-        _run_image(model, asked, {name: options[name] for name in IMAGE})
+        run_draw.run(model, asked, {name: options[name] for name in (*run_draw.REQUEST, *run_draw.OUTPUT)})
 
 
 def given(names: Sequence[str]) -> list[str]:
@@ -165,38 +178,3 @@ def _refuse(names: Sequence[str], of: str) -> None:
     for name in names:
         flag = "--speculative-config" if name == "speculative" else f"--{name.replace('_', '-')}"
         raise BadRequest(f"{flag} is for {of} models; `edgekit inspect` says what this bundle is")
-
-
-def _run_image(model: ImagePipeline, asked: Asked, options: dict[str, Any]) -> None:
-    """Generate with a bar per step, then write one PNG per picture, each with its recipe inside."""
-    from edgekit.errors import BadRequest
-
-    target = asked.output or Path("out.png")
-    check_output(target)
-    if target.suffix.lower() in OTHER_PICTURES:
-        raise BadRequest(f"--output {target}: pictures are written as PNG; name it {target.with_suffix('.png').name}")
-    request = {key: value for key, value in options.items() if value is not None}
-    with terminal.progress(quiet=asked.quiet or asked.as_json) as report:
-        result = model.generate(
-            asked.prompt,
-            **request,
-            seed=asked.seed,
-            on_step=lambda event: report(f"{event.stage} {event.row + 1}/{event.of}", (event.row + 1) / event.of),
-        )
-    files = [str(path) for path in save_all(result, target)]
-    if asked.as_json:
-        facts = {"files": files, "metadata": result.metadata, "stats": asdict(result.stats)}
-        terminal.show_json({"task": model.task, **facts})
-        return
-    for path in files:
-        click.echo(path)
-    if asked.stats:
-        terminal.show_figures(asdict(result.stats))
-
-
-def save_all(result: ImageResult, output: Path) -> list[Path]:
-    """One file per picture: `out.png`, or `out-0.png`, `out-1.png`, ... for a batch."""
-    if len(result.images) == 1:
-        return [result.save(output)]
-    names = [output.with_name(f"{output.stem}-{number}{output.suffix}") for number in range(len(result.images))]
-    return [result.save(path, number) for number, path in enumerate(names)]

@@ -3,7 +3,9 @@
 The default is counter-based: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). Any
 element of any draw is a pure function of its address, so there is no state to save:
 
-    key = seed (64 bits)        counter = (block, block >> 32, draw, stream)
+    key = seed (64 bits)        counter = (block, block >> 32, draw, stream)        stream = purpose << 28 | image
+
+Normals have purpose 0; token races, Gumbel noise and accept coins have their own, so that one draw can use all four.
 
 The second mode rebuilds the stream of `torch.Generator("cpu")`, so that a seed gives the picture diffusers gives.
 """
@@ -12,7 +14,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from enum import IntEnum
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,16 +25,34 @@ from edgekit.errors import BadRequest
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
 U32 = npt.NDArray[np.uint32]
+Floats = TypeVar("Floats", F32, F64)
 
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _LOW = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
 _TORCH_BLOCK = 16  # torch fills normals in blocks of sixteen
+_IMAGE_BITS = 28  # of a stream; the purpose stands above them
 
 
-class NoiseSource(Protocol):
-    """Where a sampler's unit normals come from."""
+class Purpose(IntEnum):
+    """What random numbers are for: the high bits of their stream."""
+
+    NORMAL = 0  # unit normals
+    TOKEN = 1  # the race that draws a token: argmax of p / -ln u
+    GUMBEL = 2  # noise on the confidence of tokens
+    ACCEPT = 3  # coins: accept a draft, mask or reveal a token
+
+
+class UniformSource(Protocol):
+    """Where a sampler of tokens gets its uniforms from."""
+
+    def uniform(self, shape: Sequence[int], draw: int, purpose: Purpose) -> F64:
+        """Uniforms in (0, 1); axis 0 counts images. Draw 0 starts a sample, draw 1 + i belongs to row i."""
+
+
+class NoiseSource(UniformSource, Protocol):
+    """Where a sampler's unit normals, and its uniforms if it has any, come from."""
 
     def normal(self, shape: Sequence[int], draw: int) -> F32:
         """Unit normals of `shape`; axis 0 counts images. Draw 0 starts a sample, draw 1 + i belongs to row i."""
@@ -86,6 +107,42 @@ def philox_normal(shape: Sequence[int], seed: int, draw: int = 0, stream: int = 
     return pairs.reshape(-1)[:size].reshape(shape).astype(np.float32)
 
 
+def softmax(logits: Floats) -> Floats:
+    """Probabilities over the last axis, in the precision of the logits; a logit of -inf has probability 0."""
+    weights: Floats = np.exp(logits - logits.max(-1, keepdims=True))
+    p: Floats = weights / weights.sum(-1, keepdims=True)
+    return p
+
+
+def truncate(logits: Floats, top_k: int = 0, top_p: float = 1.0) -> Floats:
+    """Logits with -inf where top-k, then top-p, drop a value; the last axis is the vocabulary.
+
+    Top-k (Fan et al. 2018) keeps what ties with the k-th. Top-p (Holtzman et al. 2020) keeps a value while those before
+    it sum to less than `top_p`, so always the best one; of tied values the lowest stay.
+    """
+    if 0 < top_k < logits.shape[-1]:
+        worst_kept = np.partition(logits, -top_k, axis=-1)[..., -top_k, None]
+        logits = np.where(logits < worst_kept, logits.dtype.type(-np.inf), logits)
+    if 0 < top_p < 1:
+        order = np.argsort(-logits, axis=-1, kind="stable")
+        falling = np.take_along_axis(softmax(logits), order, -1)
+        dropped = np.zeros(logits.shape, np.bool_)
+        before = np.cumsum(falling[..., :-1], axis=-1, dtype=np.float64)  # of all but the best, which stays
+        np.put_along_axis(dropped, order[..., 1:], before >= top_p, -1)
+        logits = np.where(dropped, logits.dtype.type(-np.inf), logits)
+    return logits
+
+
+def race(p: npt.NDArray[Any], u: F64) -> npt.NDArray[np.int64]:
+    """One draw from each p (..., vocabulary), which need not sum to 1, with uniforms of the same shape.
+
+    Exponential clocks of rates p, of which the first rings: argmax of p / -ln u, as `torch.multinomial` has it for one
+    draw. There are no running sums, so a rounding difference moves one token at most.
+    """
+    winners: npt.NDArray[np.int64] = np.argmax(p / -np.log(u), axis=-1)
+    return winners
+
+
 class TorchCPUNormal:
     """The float32 stream of `torch.randn(generator=torch.Generator("cpu").manual_seed(seed))`, call after call.
 
@@ -134,6 +191,20 @@ class PhiloxNoise:
         batch, *rest = shape
         return np.stack([philox_normal(rest, self._seed, draw, self._first + k) for k in range(batch)])
 
+    def uniform(self, shape: Sequence[int], draw: int, purpose: Purpose) -> F64:
+        """Uniforms in (0, 1) of shape (batch, ...), each image from its own stream of this purpose.
+
+        Raises:
+            BadRequest: the purpose of normals, whose words these would be, or an image number of 2^28 and more.
+        """
+        batch, *rest = shape
+        if purpose == Purpose.NORMAL:
+            raise BadRequest("uniforms of purpose NORMAL would repeat the words of normals; name what they are for")
+        if self._first + batch > 1 << _IMAGE_BITS:
+            raise BadRequest(f"image {self._first + batch - 1} has no stream of uniforms; they end at 2^{_IMAGE_BITS}")
+        high = int(purpose) << _IMAGE_BITS
+        return np.stack([philox_uniform(rest, self._seed, draw, high | (self._first + k)) for k in range(batch)])
+
 
 class TorchNoise:
     """diffusers' order: one CPU generator fills the whole batch, draw after draw; `draw` is not an address here."""
@@ -146,6 +217,10 @@ class TorchNoise:
     def normal(self, shape: Sequence[int], draw: int) -> F32:  # noqa: ARG002
         """The generator's next values: the order of calls is the address. Raises BadRequest."""
         return self._stream.normal(shape)
+
+    def uniform(self, shape: Sequence[int], draw: int, purpose: Purpose) -> F64:  # noqa: ARG002
+        """Refused: torch's order of draws inside a token sampler is not rebuilt. Raises BadRequest."""
+        raise BadRequest("torch-cpu noise has no uniforms for samplers of tokens; use the philox mode")
 
 
 NOISE: dict[str, Callable[[int, int], NoiseSource]] = {"philox": PhiloxNoise, "torch-cpu": TorchNoise}

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Unpack
 
-    from edgekit.runtime.diffusion.pipeline import ImagePipeline
+    from edgekit.runtime.diffusion.pipeline import FewStepPipeline
     from edgekit.runtime.llm.pipeline import TextPipeline
     from edgekit.runtime.llm.prefix import PrefixStore
 
@@ -30,10 +30,20 @@ class TextSetup(TypedDict, total=False):
     report: Callable[[str], None]
 
 
+FEW_STEP = (
+    "text-to-image",
+    "image-to-image",
+    "super-resolution",
+    "unconditional-image",
+    "text-to-video",
+    "image-to-video",
+    "text-to-audio",
+    "arrays",
+)
+
 TASKS = {
     "text-generation": ("edgekit.runtime.llm.pipeline", "TextPipeline"),
-    "text-to-image": ("edgekit.runtime.diffusion.pipeline", "ImagePipeline"),
-    "super-resolution": ("edgekit.runtime.diffusion.pipeline", "ImagePipeline"),
+    **dict.fromkeys(FEW_STEP, ("edgekit.runtime.diffusion.pipeline", "FewStepPipeline")),
 }
 
 
@@ -53,11 +63,21 @@ def load(
 def load(
     path: str | PathLike[str],
     *,
-    task: Literal["text-to-image", "super-resolution"],
+    task: Literal[
+        "text-to-image",
+        "image-to-image",
+        "super-resolution",
+        "unconditional-image",
+        "text-to-video",
+        "image-to-video",
+        "text-to-audio",
+        "arrays",
+    ],
     device: str = ...,
     threads: int = ...,
     verify: bool = ...,
-) -> ImagePipeline: ...
+    max_memory: int | None = ...,
+) -> FewStepPipeline: ...
 
 
 @overload
@@ -68,8 +88,9 @@ def load(
     device: str = ...,
     threads: int = ...,
     verify: bool = ...,
+    max_memory: int | None = ...,
     **text: Unpack[TextSetup],
-) -> TextPipeline | ImagePipeline: ...
+) -> TextPipeline | FewStepPipeline: ...
 
 
 def load(
@@ -79,8 +100,9 @@ def load(
     device: str = "cpu",
     threads: int = 0,
     verify: bool = True,
+    max_memory: int | None = None,
     **text: Unpack[TextSetup],
-) -> TextPipeline | ImagePipeline:
+) -> TextPipeline | FewStepPipeline:
     """Open a bundle and return the pipeline of its task.
 
     Args:
@@ -89,6 +111,7 @@ def load(
         device: `cpu`, or `cuda` with an optional index.
         threads: of the inference engine; 0 leaves the choice to it.
         verify: check every file's sha256 first. Sizes, paths and signatures are checked either way.
+        max_memory: bytes this process may take, of a few-step pipeline; see `FewStepPipeline`.
         text: `draft`, `speculative_config`, `exact`, `prefixes` and `report` of a text pipeline.
 
     Raises:
@@ -104,8 +127,11 @@ def load(
         raise BadRequest(f"{path}: this edgekit has no runtime for task {found!r}; it has {', '.join(TASKS)}")
     if text and found != "text-generation":
         raise BadRequest(f"{path} is a {found} bundle; {', '.join(text)} is for text-generation")
+    if max_memory is not None and found == "text-generation":
+        raise BadRequest(f"{path} is a {found} bundle; max_memory is for the others")
     module, name = TASKS[found]
-    pipeline: TextPipeline | ImagePipeline = getattr(import_module(module), name)(
-        bundle, device=device, threads=threads, **text
+    more = text if found == "text-generation" else {"max_memory": max_memory}
+    pipeline: TextPipeline | FewStepPipeline = getattr(import_module(module), name)(
+        bundle, device=device, threads=threads, **more
     )
     return pipeline

@@ -73,7 +73,7 @@ DIFFER: list[tuple[tuple[Any, ...], Shape]] = [
 def compare(declared: tuple[Any, ...], actual: Shape) -> None:
     """Hold a one-input part against a one-input graph."""
     part = Part("graphs/g.onnx", (TensorSpec("x", "float32", declared),), ())
-    check_graph("p", part, GraphFile((GraphTensor("x", "float32", actual),), (), frozenset(), ()), {})
+    check_graph("p", part, GraphFile((GraphTensor("x", "float32", actual),), (), frozenset(), (), {}), {})
 
 
 @pytest.mark.parametrize(("declared", "actual"), AGREE)

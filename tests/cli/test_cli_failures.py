@@ -151,7 +151,7 @@ JSON_FAILURES = {
     "no such option": (("inspect", "x", "--bogus"), 2, "UsageError"),
     "no argument": (("export",), 2, "UsageError"),
     "not a number": (("run", "x", "--threads", "many"), 2, "UsageError"),
-    "no prompt": (("run", "x"), 2, "BadRequest"),
+    "two prompts": (("run", "x", "--prompt", "a", "--prompt-file", "b"), 2, "BadRequest"),
     "no size": (("export", "none", "-o", "x", "--max-memory", "lots"), 2, "BadRequest"),
     "no LoRA": (("export", "none", "-o", "x", "--lora", "none.safetensors:0.5"), 2, "BadRequest"),
 }

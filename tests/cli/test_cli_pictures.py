@@ -115,7 +115,11 @@ def test_a_picture_is_a_function_of_seed_steps_and_prompt(edgekit: Run, pictures
 
 
 REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
-    "a JPEG": (("-o", "x.jpg"), "x.png"),
+    "a TIFF": (("-o", "x.tiff"), ".png, .webp"),
+    "two prompts": (("--prompt-file", "none.txt"), "exactly one"),
+    "sound": (("--seconds", 3), "no sound"),
+    "no mask here": (("--mask", "none.png"), "none.png"),
+    "no array here": (("--input", "a"), "NAME=FILE"),
     "a folder": (("-o", "."), "is a folder"),
     "no such folder": (("-o", "none/x.png"), "make it first"),
     "a text option": (("--top-k", 3), "--top-k"),
@@ -171,3 +175,22 @@ def test_doctor_judges_the_device_it_is_asked_about(edgekit: Run, pictures: Path
     assert "npu" in edgekit("doctor", "--device", "npu").stderr
     for args in (("--device", "auto"), ("--device", "auto", "--bundle", pictures)):
         assert edgekit("doctor", *args).returncode == 0
+
+
+def test_previews_and_a_contact_sheet_lie_beside_the_pictures(edgekit: Run, pictures: Path, tmp_path: Path) -> None:
+    """One preview per step and one sheet of the batch, each named after the output; the JSON lists them."""
+    base = ("run", pictures, "--prompt", "red", "--steps", 2, "--batch", 3, "-o", "x.png")
+    told = only_json(edgekit(*base, "--preview", "--grid", "--json", cwd=tmp_path))
+    stage = json.loads((pictures / "edgekit.json").read_text())["recipe"]["stages"][0]["name"]
+    assert told["files"] == ["x-0.png", "x-1.png", "x-2.png", "x-grid.png"]
+    assert told["previews"] == [f"x-{stage}-1.png", f"x-{stage}-2.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(told["files"] + told["previews"])
+    with Image.open(tmp_path / "x-0.png") as one, Image.open(tmp_path / "x-grid.png") as sheet:
+        assert sheet.size == (2 * one.width + 2, 2 * one.height + 2)
+        assert np.array_equal(np.asarray(sheet)[: one.height, : one.width], np.asarray(one))
+
+
+def test_a_prompt_is_asked_for_where_one_is_taken(edgekit: Run, pictures: Path, tmp_path: Path) -> None:
+    """A bundle with a text encoder needs a prompt, and says how to give one."""
+    told = only_json(edgekit("run", pictures, "--json", cwd=tmp_path))["error"]
+    assert (told["exit_code"], "--prompt TEXT" in told["message"]) == (2, True)

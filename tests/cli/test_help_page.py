@@ -16,7 +16,9 @@ def test_the_page_quotes_the_help_of_every_verb(edgekit: Run) -> None:
     To renew one: COLUMNS=100 edgekit VERB --help.
     """
     blocks = re.findall(r"```\n\$ edgekit ([a-z ]*)--help\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert [verb.strip() for verb, _ in blocks] == ["", "export", "run", "inspect", "pair", "doctor", "demo"]
+    assert [verb.strip() for verb, _ in blocks] == [
+        *("", "export", "run", "inspect", "pair", "recipes", "recipes ls", "recipes show", "doctor", "demo")
+    ]
     for verb, quoted in blocks:
         shown = edgekit(*verb.split(), "--help", env=PLAIN).stdout
         assert quoted.split() == shown.replace("python -m edgekit.cli", "edgekit").split(), verb

@@ -4,30 +4,36 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from edgekit import __version__
-from edgekit.bundle.recipe import Init, Stage, Table
+from edgekit.bundle.recipe import TABLE_FREE, Call, NoiseSchedule, Rank, Retrieve, Stage, Table, TimeShift
 from edgekit.bundle.store import Bundle
-from edgekit.errors import BadManifest, BadRequest
+from edgekit.errors import BadRequest
 from edgekit.runtime.backends import Array
-from edgekit.runtime.diffusion import kernels
-from edgekit.runtime.diffusion.guidance import classifier_free, w_embedding
-from edgekit.runtime.diffusion.image import from_image, to_images
+from edgekit.runtime.diffusion import discrete, hooks, kernels
+from edgekit.runtime.diffusion.contract import Contract
+from edgekit.runtime.diffusion.finish import decoded, frames_axis, small_decoder
+from edgekit.runtime.diffusion.given import put_given, sample_shape
+from edgekit.runtime.diffusion.kernels import Step
 from edgekit.runtime.diffusion.networks import Meter, Networks
+from edgekit.runtime.diffusion.predict import Predictor, once
 from edgekit.runtime.diffusion.prompts import Prompts
-from edgekit.runtime.diffusion.request import Contract, ImageRequest, Settled
-from edgekit.runtime.diffusion.result import ImageResult, ImageStats, StepEvent
-from edgekit.runtime.diffusion.tables import compile_stage
+from edgekit.runtime.diffusion.request import DrawRequest
+from edgekit.runtime.diffusion.result import DrawResult, DrawStats, StepEvent, presented
+from edgekit.runtime.diffusion.sources import IMAGE, LINE, Sources
+from edgekit.runtime.diffusion.starts import Started, blend, hold, start
+from edgekit.runtime.diffusion.tables import compile_stage, noise_levels
 from edgekit.runtime.random import open_noise
 
 F32 = npt.NDArray[np.float32]
-Given = dict[str, Array]  # source -> value, the batch on axis 0
-Walk = Iterator[tuple[F32, F32]]  # after each row: the sample, and the estimate of the clean one
+
+STAGE_DRAWS = 1 << 16  # draws set aside for each stage, so that two stages never share noise
+RANDOM_DRAWS = 1 << 24  # where the draws of @random sources begin
 
 
 class Drawing:
@@ -38,135 +44,253 @@ class Drawing:
     """
 
     def __init__(
-        self, bundle: Bundle, contract: Contract, prompts: Prompts, networks: Networks, request: ImageRequest
+        self, bundle: Bundle, contract: Contract, prompts: Prompts, networks: Networks, request: DrawRequest
     ) -> None:
         self._bundle, self._contract, self._request = bundle, contract, request
         self._prompts, self._networks = prompts, networks
         self._used = contract.settle(request)
-        self._guided = contract.guided(self._used)
-        self._table = self._table_of_main() if contract.draws else None
-        self._shape = _sample_shape(contract, self._used)
         self._noise = open_noise(self._used.seed_mode, self._used.seed, self._used.first_image)
-        self._image = self._read_image()
+        self._guided = contract.guided(self._used)
+        self._sources = Sources(1 + self._guided, self._used.batch, contract.guide.guidance.zero_negative)
         self._meter = Meter()
-        if request.latents is not None and request.latents.shape != self._shape:
-            raise BadRequest(f"latents are {request.latents.shape}; this request needs {self._shape}")
+        self._steps = self._used.steps
+        put_given(self._sources, contract, request, self._used)
+        if contract.draws:
+            self._table(contract.main)  # refuses a strength that leaves nothing to do
+        self._check_latents()
 
-    def events(self) -> Iterator[StepEvent | ImageResult]:
+    def events(self) -> Iterator[StepEvent | DrawResult]:
         """A StepEvent per row, then the result. Raises SessionFailed, BadRequest, BadManifest."""
-        start = time.perf_counter()
-        prompts = self._conditions()
-        given = _repeat(prompts, self._used.batch, last=True)
-        latents: F32 | None = None
-        for stage in self._contract.recipe.stages:
-            if self._table is not None and stage is self._contract.main:
-                walk, times = self._sample(stage, prompts, given), [row[0] for row in self._table.rows]
-                x = latents = yield from _rows(stage.name, walk, times)
-            else:
-                x = yield from _rows(stage.name, self._direct(stage, given), [0.0])
-            picture = self._decode(stage, given, x)
-            given["@previous"] = np.clip(picture, -1, 1)
-        yield self._result(picture, latents, time.perf_counter() - start)
-
-    def _conditions(self) -> Given:
-        """Every source that is the same for all rows; one line per prompt, the negative one first where it counts."""
-        texts = (self._used.negative, self._used.prompt) if self._guided else (self._used.prompt,)
-        height, width = (side // self._contract.enlarge for side in (self._used.height, self._used.width))
-        given: Given = {"@time_ids": np.array([[height, width, 0, 0, height, width]] * len(texts), np.float32)}
-        for name in self._contract.tokenizers:
-            given[f"@tokens.{name}"] = self._prompts.ids(name, texts)
-        if "@tokens.default" in given:
-            given["@tokens"] = given["@tokens.default"]
-        if self._image is not None:
-            given["@image"] = np.repeat(self._image, len(texts), axis=0)
-        for call in self._contract.recipe.conditions:
-            outputs = self._run(call.part, call.feeds, given)
-            if self._guided and self._contract.main.guidance.zero_empty and not self._used.negative:
-                for value in outputs.values():
-                    value[0] = 0
-            given |= {f"{call.part}.{name}": value for name, value in outputs.items()}
-        return given
-
-    def _sample(self, stage: Stage, prompts: Given, given: Given) -> Walk:
-        """Run the table on the network, guided as the stage says."""
-        assert self._table is not None, "main samples only where it has a table"
-        net, scale = stage.denoise, self._used.guidance
-        rows = _repeat(prompts, self._used.batch) if self._guided else dict(given)
-        images = len(next(iter(rows.values())))
-        if stage.guidance.kind == "w_embedding":
-            rows["@w_embedding"] = np.tile(w_embedding(scale, stage.guidance.dim, stage.guidance.shift), (images, 1))
-
-        def predict(x: F32, t: float) -> F32:
-            now = {"@x": np.concatenate([x, x]) if self._guided else x, "@t": np.full(images, t, np.float32)}
-            m: F32 = self._run(net.part, net.feeds, {**rows, **now})[net.output][:, : net.keep_channels]
-            if not self._guided:
-                return m
-            negative, positive = np.split(m, 2)
-            return classifier_free(negative, positive, scale, stage.guidance.rescale)
-
-        x = self._start(stage.init, self._table, given)
-        return kernels.linear(self._table.rows, x, predict, self._row_noise, stage.sampler.clip)
-
-    def _direct(self, stage: Stage, given: Given) -> Walk:
-        """One call on the picture so far: the last stage's, or the given one."""
-        net = stage.denoise
-
-        def predict(x: F32, t: float) -> F32:
-            now = {"@x": x, "@t": np.full(len(x), t, np.float32)}
-            return self._run(net.part, net.feeds, {**given, **now})[net.output][:, : net.keep_channels]
-
-        return kernels.direct(given["@previous"] if "@previous" in given else given["@image"], predict)
-
-    def _start(self, init: Init, table: Table, given: Given) -> F32:
-        """The sample before the first row: noise, and under it the encoded picture where one was given."""
-        noise = self._noise.normal(self._shape, 0) if self._request.latents is None else self._request.latents
-        start: F32 = table.init_scale * np.asarray(noise, np.float32)
-        if self._used.strength is None or init.encode is None:
-            return start
-        alone = {source: value[:1] for source, value in given.items()}
-        encoded: F32 = next(iter(self._run(init.encode.part, init.encode.feeds, alone).values()))
-        if encoded.shape[1:] != self._shape[1:]:
-            raise BadManifest(f"the encoder gives {encoded.shape[1:]} per picture; the sample is {self._shape[1:]}")
-        clean: F32 = (encoded - init.shift) * init.scale
-        return table.init_keep * clean + start
-
-    def _row_noise(self, row: int) -> F32:
-        return self._noise.normal(self._shape, 1 + row)
-
-    def _decode(self, stage: Stage, given: Given, x: F32) -> F32:
-        if stage.decode is None:
-            return x
-        latent = x / stage.decode.scale + stage.decode.shift
-        return self._run(stage.decode.part, stage.decode.feeds, {**given, "@latent": latent})[stage.decode.output]
-
-    def _run(self, part: str, feeds: Mapping[str, str], given: Given) -> dict[str, Array]:
-        return self._networks.run(part, {name: given[source] for name, source in feeds.items()}, self._meter)
-
-    def _table_of_main(self) -> Table:
-        main, steps = self._contract.main, self._used.steps
-        if self._used.strength is not None:
-            return compile_stage(main, steps, self._used.strength)
-        return next(t for t in self._bundle.manifest.tables if (t.stage, t.steps) == (main.name, steps))
-
-    def _read_image(self) -> F32 | None:
-        """The given picture, (1, 3, height, width) in [-1, 1]; brought to main's size where main draws."""
-        if self._request.image is None:
-            return None
-        width, height = (side // self._contract.enlarge for side in (self._used.width, self._used.height))
-        return from_image(self._request.image, (width, height))
-
-    def _result(self, picture: F32, latents: F32 | None, seconds: float) -> ImageResult:
-        if picture.shape[2:] != (self._used.height, self._used.width):
-            raise BadManifest(
-                f"the last stage drew {picture.shape[3]} x {picture.shape[2]} pixels; by the recipe they are "
-                f"{self._used.width} x {self._used.height}: check `downscale` and `upscale`"
-            )
+        begin = time.perf_counter()
+        self._conditions()
+        self._select()
+        latents: Array | None = None
+        x: Array = np.zeros(0)
+        for number, stage in enumerate(self._contract.recipe.stages):
+            for event in self._run_stage(number, stage):
+                x = event.x
+                yield event
+            if stage is self._contract.main and self._contract.draws:
+                latents = x
+            x = self._decode(stage, x)
+            picture = stage.decode is not None and self._contract.recipe.media.kind == "image"
+            self._sources.put("@previous", IMAGE, np.clip(x, -1, 1) if picture else x)
+            if self._accepted(stage):
+                break
+        x, latents = self._ranked(x, latents)
         meter = self._meter
-        stats = ImageStats(seconds, dict(meter.seconds), dict(meter.opening), dict(meter.runs))
-        return ImageResult(to_images(picture), latents, stats, self._used, self._source())
+        stats = DrawStats(time.perf_counter() - begin, dict(meter.seconds), dict(meter.opening), dict(meter.runs))
+        yield presented(x, latents, self._contract, stats, self._used, self._source())
+
+    def _check_latents(self) -> None:
+        """Latents of another shape are refused before anything runs, unless an encoder decides what the shape is."""
+        given, init = self._request.latents, self._contract.main.init
+        if given is None or init.kind != "noise":
+            return
+        shape = sample_shape(self._contract.main, self._contract, self._used, self._sources)
+        if given.shape != shape:
+            raise BadRequest(f"latents are {given.shape}; this request needs {shape}")
+
+    def _conditions(self) -> None:
+        """Every source that is the same for all rows; one line per prompt, the negative one first where it counts."""
+        sources, used = self._sources, self._used
+        texts = (used.negative, used.prompt) if self._guided else (used.prompt,)
+        self._put_texts(texts)
+        for call in self._contract.recipe.conditions:
+            self._networks.phase([call.part])
+            once(call, sources, self._networks, self._meter)
+            if self._guided and self._contract.guide.guidance.zero_empty and not used.negative:
+                sources.zero_line(call.part, 0)
+
+    def _put_texts(self, texts: tuple[str, ...]) -> None:
+        """Ids of every line, and the masks of their padding where they are fed."""
+        fed = set(self._contract.sources())
+        for name in self._contract.tokenizers:
+            spellings = ("", f".{name}") if name == "default" else (f".{name}",)
+            for spelling in spellings:
+                self._sources.put(f"@tokens{spelling}", LINE, self._prompts.ids(name, texts))
+                if f"@mask{spelling}" in fed:
+                    self._sources.put(f"@mask{spelling}", LINE, self._prompts.masks(name, texts))
+
+    def _select(self) -> None:
+        """A policy's step count for this prompt, where the recipe has one and the request leaves it open."""
+        select = self._contract.recipe.select
+        if select is None or self._request.steps is not None:
+            return
+        once(Call(select.part, select.feeds), self._sources, self._networks, self._meter)
+        scores = self._sources.images(f"{select.part}.{select.output}")
+        self._steps = select.steps[int(scores[0].argmax())]
+
+    def _table(self, stage: Stage) -> Table | None:
+        if stage.sampler.kind in TABLE_FREE:
+            return None
+        main = stage is self._contract.main
+        steps = self._steps if main else stage.sampler.steps
+        if main and self._used.strength is not None:
+            # painting all of what a mask covers starts from noise alone, as in diffusers' pipelines
+            noise_alone = self._used.inpaint and self._used.strength == 1
+            return compile_stage(stage, steps, None if noise_alone else self._used.strength)
+        shipped = {(table.stage, table.steps): table for table in self._bundle.manifest.tables}
+        return shipped.get((stage.name, steps)) or compile_stage(stage, steps)
+
+    def _run_stage(self, number: int, stage: Stage) -> Iterator[StepEvent]:
+        """A StepEvent per row of a stage."""
+        table = self._table(stage)
+        first = [stage.init.encode.part] if stage.init.encode is not None else []
+        rows = [stage.denoise.part, *stage.sampler.nets, *(call.part for call in stage.denoise.before)]
+        self._networks.phase([*first, *rows])
+        if stage.sampler.kind == "direct":
+            walk, times = self._direct(stage), [0.0]
+        elif table is not None:
+            walk, times = self._sample(number, stage, table), [row[0] for row in table.rows]
+        else:
+            steps = self._steps if stage is self._contract.main else stage.sampler.steps
+            times = [float(row) for row in range(discrete.rows_of(stage, steps))]
+            predict = self._predictor(number, stage, times, ())
+            walk = discrete.walk(stage, steps, self._used.batch, predict, self._noise, self._score(stage))
+        clock = time.perf_counter()
+        for step in walk:
+            yield StepEvent(
+                stage.name,
+                step.row,
+                len(times),
+                times[step.row],
+                time.perf_counter() - clock,
+                step.clean,
+                step.x,
+                self._previewer(stage),
+            )
+            clock = time.perf_counter()
+
+    def _predictor(
+        self,
+        number: int,
+        stage: Stage,
+        times: list[float],
+        nets: tuple[str, ...],
+        retime: Callable[[int, F32], F32 | None] | None = None,
+    ) -> Predictor:
+        def random(name: str, row: int, shape: tuple[int, ...]) -> F32:
+            place = sorted(set(stage.denoise.feeds.values())).index(f"@random.{name}")
+            return self._noise.normal(shape, RANDOM_DRAWS * (1 + place) + number * STAGE_DRAWS + row)
+
+        scale = self._used.guidance if stage is self._contract.guide else stage.guidance.scale
+        axis = frames_axis(stage)
+        return Predictor(stage, times, nets, scale, self._sources, self._networks, self._meter, random, axis, retime)
+
+    def _sample(self, number: int, stage: Stage, table: Table) -> Iterator[Step]:
+        """Run the table on the network, guided as the stage says."""
+        main, offset = stage is self._contract.main, number * STAGE_DRAWS
+        started = start(
+            stage,
+            table,
+            sample_shape(stage, self._contract, self._used, self._sources),
+            self._sources,
+            self._once_alone,
+            self._noise,
+            from_image=main and self._used.strength is not None,
+            latents=self._request.latents if main else None,
+            draw=offset,
+        )
+        # a noise start around a mean draws every later noise around it too (CoMoSpeech)
+        centre = stage.init.mean if stage.init.kind == "noise" else None
+        mean = self._sources.images(centre) if centre is not None else None
+
+        def noise(row: int) -> F32:
+            z = self._noise.normal(started.x.shape, offset + 1 + row)
+            return z if mean is None else np.asarray(z + mean, np.float32)
+
+        times = [row[0] for row in table.rows]
+        retime, after = self._hooks(stage, times)
+        return kernels.linear(
+            table.rows,
+            started.x,
+            self._predictor(number, stage, times, table.nets, retime),
+            noise,
+            clip=stage.sampler.clip,
+            clip_out=stage.sampler.clip_out,
+            impose=self._imposed(stage, started),
+            after=after,
+        )
+
+    def _hooks(self, stage: Stage, times: list[float]) -> tuple[Any, Any]:
+        """The recipe's hooks on main's rows: another time, and a jump."""
+        retime = after = None
+        if stage is self._contract.main:
+            for hook in self._contract.recipe.hooks:
+                if isinstance(hook, TimeShift):
+                    retime = hooks.time_shift(hook, stage.sampler.noise_schedule or NoiseSchedule(), times)
+                elif isinstance(hook, Retrieve):
+                    stored = self._networks.run(hook.part, {}, self._meter)
+                    after = hooks.retrieve(hook, stored["keys"], stored["values"])
+        return retime, after
+
+    def _imposed(self, stage: Stage, started: Started) -> Callable[[int, F32], F32] | None:
+        """What is put back into the sample: known entries, or the picture outside a mask."""
+        if stage.denoise.fixed is not None:
+            return hold(self._sources.images(stage.denoise.fixed))
+        if stage is not self._contract.main or not self._used.inpaint or not self._contract.blends:
+            return None
+        levels = noise_levels(stage, self._steps, self._used.strength)
+        return blend(started, levels, self._sources.value("@inpaint_mask"))
+
+    def _direct(self, stage: Stage) -> Iterator[Step]:
+        """One call on the picture so far: the last stage's, or the given one."""
+        given = "@previous" if "@previous" in self._sources else "@image"
+        x = self._sources.images(given) if given in self._sources else np.zeros((self._used.batch, 1), np.float32)
+        predict = self._predictor(0, stage, [0.0], ())
+        return kernels.direct(x, predict)
+
+    def _once_alone(self, call: Call) -> dict[str, Array]:
+        """A call on pictures, once for all where they are one."""
+        _, feeds = self._sources.feeds(call.feeds)
+        return self._networks.run(call.part, feeds, self._meter)
+
+    def _score(self, stage: Stage) -> discrete.Score:
+        def score(part: str, now: dict[str, Array]) -> Array:
+            feeds = {}
+            for name in self._networks.inputs(part):
+                source = stage.denoise.feeds.get(name, "@x")
+                feeds[name] = now[source] if source in now else self._sources.images(source)
+            return next(iter(self._networks.run(part, feeds, self._meter).values()))
+
+        return score
+
+    def _decode(self, stage: Stage, x: Array) -> Array:
+        decode = small_decoder(stage.decode) if self._used.tiny else stage.decode
+        if decode is None:
+            return x
+        self._networks.phase([decode.part])
+        tile = self._used.tile
+        if tile is None and x.ndim == 4:
+            height, width = (side * stage.init.downscale for side in x.shape[-2:])
+            tile = self._networks.decoder_tile(decode.part, (height, width))
+        tile = tile // stage.init.downscale if tile is not None else None
+        return decoded(stage, decode, x, self._sources, self._networks, self._meter, tile)
+
+    def _previewer(self, stage: Stage) -> Callable[[Array], Array]:
+        return lambda x: decoded(stage, small_decoder(stage.decode), x, self._sources, self._networks, self._meter)
+
+    def _accepted(self, stage: Stage) -> bool:
+        """Whether the pictures of a stage are good enough to stop: all of them score at least the threshold."""
+        if stage.accept is None:
+            return False
+        once(Call(stage.accept.part, stage.accept.feeds), self._sources, self._networks, self._meter)
+        score = self._sources.images(f"{stage.accept.part}.{stage.accept.output}")
+        return bool((score >= stage.accept.threshold).all())
+
+    def _ranked(self, x: Array, latents: Array | None) -> tuple[Array, Array | None]:
+        """Best first, where the recipe ranks."""
+        for hook in self._contract.recipe.hooks:
+            if isinstance(hook, Rank):
+                once(Call(hook.part, hook.feeds), self._sources, self._networks, self._meter)
+                score = self._sources.images(f"{hook.part}.{hook.output}").reshape(self._used.batch, -1)[:, 0]
+                order = np.argsort(-score, kind="stable")
+                x, latents = x[order], latents[order] if latents is not None else None
+        return x, latents
 
     def _source(self) -> dict[str, Any]:
-        """What else the picture depends on: the bundle, and arrays too large to write down."""
+        """What else the result depends on: the bundle, and arrays too large to write down."""
         manifest = self._bundle.manifest
         source: dict[str, Any] = {
             "edgekit": __version__,
@@ -174,28 +298,14 @@ class Drawing:
             "model": manifest.provenance.source,
             "sampler": self._contract.main.sampler.kind,
         }
-        for name, value in (("given_image", self._image), ("given_latents", self._request.latents)):
+        arrays = {"given_latents": self._request.latents}
+        for name in ("@image", "@inpaint_mask", "@control"):
+            if name in self._sources:
+                arrays[f"given_{name[1:]}"] = self._sources.value(name)
+        arrays |= {f"given_{name}": value for name, value in self._request.inputs.items()}
+        for name, value in arrays.items():
             if value is not None:
                 source[name] = f"sha256:{hashlib.sha256(np.asarray(value, np.float32).tobytes()).hexdigest()}"
+        if self._steps != self._used.steps:
+            source["chosen_steps"] = self._steps
         return source
-
-
-def _rows(stage: str, walk: Walk, times: list[float]) -> Generator[StepEvent, None, F32]:
-    """An event after every row; returns the last sample."""
-    clock = time.perf_counter()
-    for row, ((x, clean), t) in enumerate(zip(walk, times, strict=True)):
-        last = x
-        yield StepEvent(stage, row, len(times), t, time.perf_counter() - clock, clean)
-        clock = time.perf_counter()
-    return last
-
-
-def _repeat(prompts: Given, batch: int, last: bool = False) -> Given:
-    """Every line `batch` times over; with `last`, only the last line, which is the prompt's."""
-    return {source: np.repeat(value[-1:] if last else value, batch, axis=0) for source, value in prompts.items()}
-
-
-def _sample_shape(contract: Contract, used: Settled) -> tuple[int, ...]:
-    """(batch, channels, height, width) of main's sample."""
-    init, pixels = contract.main.init, contract.main.init.downscale * contract.enlarge
-    return used.batch, init.channels, used.height // pixels, used.width // pixels

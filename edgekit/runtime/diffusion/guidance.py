@@ -1,15 +1,19 @@
-"""Guidance: how the prompt's pull is set. `none` needs nothing; the other two kinds are these functions."""
+"""Guidance: how the prompt's pull is set, as functions of predictions and scales."""
 
 from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
 
+from edgekit.bundle.recipe import Dynamic
+
 F32 = npt.NDArray[np.float32]
 
 
-def classifier_free(negative: F32, positive: F32, scale: float, rescale: float = 0.0) -> F32:
+def classifier_free(negative: F32, positive: F32, scale: float | F32, rescale: float = 0.0) -> F32:
     """Ho & Salimans 2022: negative + scale (positive - negative), raw predictions of shape (batch, ...).
+
+    `scale` is one number or an array that broadcasts (one per frame).
 
     `rescale` blends in the guided prediction brought back to the spread of the positive one, per image (Lin et al.
     2024, eq. 15-16; the spread is the sample standard deviation, as in diffusers).
@@ -38,3 +42,14 @@ def w_embedding(scale: float, dim: int, shift: float = -1.0) -> F32:
     embedding = np.zeros(dim, np.float32)  # an odd width ends in a zero
     embedding[:half], embedding[half : 2 * half] = np.sin(angles), np.cos(angles)
     return embedding
+
+
+def dynamic_scale(t: float, scale: float, dynamic: Dynamic) -> float:
+    """The scale at timestep t of 1000: full below tau1, `floor` above tau2, linear between (iCD)."""
+    share = t / 1000
+    if share <= dynamic.tau1:
+        return scale
+    if share >= dynamic.tau2:
+        return dynamic.floor
+    fade = (dynamic.tau2 - share) / (dynamic.tau2 - dynamic.tau1)
+    return dynamic.floor + fade * (scale - dynamic.floor)

@@ -1,21 +1,27 @@
-"""The graphs of a bundle, opened when first asked and run in batches they allow."""
+"""The graphs of a bundle: opened when first asked, run in batches they allow, let go of when memory is short."""
 
 from __future__ import annotations
 
+import math
+import mmap
+import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from edgekit.bundle.manifest import Manifest, TensorSpec
-from edgekit.errors import BadManifest, BadRequest
+from edgekit.errors import BadManifest, BadRequest, MemoryLimit
 from edgekit.runtime.backends import Array, Session
 
 OpenSession = Callable[..., Session]
 
+SMALLEST_TILE = 128  # pixels
+SMALL_DECODER = 10_000_000  # parameters; AutoencoderTiny has 1.2 M, AutoencoderKL's decoder 49 M
+BYTES_PER_PIXEL = {True: 9_500, False: 1_700}  # of a large and of a small decoder's working memory
 FEEDABLE = ("float32", "float16", "int64", "int32")  # dtypes the sources of a recipe can be cast to
 
 
@@ -29,11 +35,25 @@ class Meter:
 
 
 class Networks:
-    """Parts by name. `open_session(graph, device, threads=)` is the backend seam."""
+    """Parts by name. `open_session(graph, device, threads=)` is the backend seam.
 
-    def __init__(self, root: Path, manifest: Manifest, device: str, threads: int, open_session: OpenSession) -> None:
+    Under `max_memory` (bytes of this process) only the parts of the present phase stay open (`phase`), and a part whose
+    weights would not fit beside what is resident is refused before it is read.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        manifest: Manifest,
+        device: str,
+        threads: int,
+        open_session: OpenSession,
+        max_memory: int | None = None,
+    ) -> None:
         self._root, self._manifest = root, manifest
         self._device, self._threads, self._open_session = device, threads, open_session
+        self._max_memory = max_memory
+        self._sizes = {entry.path: entry.bytes for entry in manifest.files}
         self._sessions: dict[str, Session] = {}
 
     def run(self, name: str, feeds: Mapping[str, Array], meter: Meter) -> dict[str, Array]:
@@ -56,17 +76,86 @@ class Networks:
         joined = {key: np.concatenate([answer[key] for answer in answers]) for key in answers[0]}
         return {key: value.astype(np.float32) if value.dtype.kind == "f" else value for key, value in joined.items()}
 
+    def inputs(self, name: str) -> dict[str, TensorSpec]:
+        """What a part takes, by name."""
+        return {spec.name: spec for spec in self._manifest.parts[name].inputs}
+
+    def shape_like(self, name: str, tensor: str, fed: Mapping[str, Array]) -> tuple[int, ...]:
+        """The shape of an input that nothing else decides: its named axes are those of what else is fed.
+
+        Raises:
+            BadManifest: an axis that no fed input has.
+        """
+        inputs = self.inputs(name)
+        sizes = {
+            dim: size
+            for key, value in fed.items()
+            for dim, size in zip(inputs[key].shape, value.shape, strict=True)
+            if isinstance(dim, str)
+        }
+        try:
+            return tuple(dim if isinstance(dim, int) else sizes[dim] for dim in inputs[tensor].shape)
+        except KeyError as why:
+            raise BadManifest(f"part {name!r}: nothing that is fed says how long axis {why} of {tensor!r} is") from why
+
+    def phase(self, parts: Collection[str]) -> None:
+        """Let go of every other part, if memory is limited: what runs next are these."""
+        if self._max_memory is not None:
+            for name in [name for name in self._sessions if name not in parts]:
+                del self._sessions[name]
+
+    def bytes_of(self, name: str) -> int:
+        """What a part's files hold."""
+        part = self._manifest.parts[name]
+        return sum(self._sizes.get(path, 0) for path in (part.graph, *part.data))
+
+    def decoder_tile(self, name: str, sides: tuple[int, int]) -> int | None:
+        """The largest square, in pixels, that a decoder may draw at once; None where the whole picture fits.
+
+        A decoder's working memory grows with its picture, by BYTES_PER_PIXEL (benchmarks/memory.py).
+
+        Raises:
+            MemoryLimit: not even a tile of SMALLEST_TILE pixels fits.
+        """
+        if self._max_memory is None:
+            return None
+        large = self._manifest.parts[name].parameters > SMALL_DECODER
+        held = 0 if name in self._sessions else self.bytes_of(name)
+        room = self._max_memory - resident_bytes() - held
+        pixels = room // BYTES_PER_PIXEL[large]
+        if pixels >= sides[0] * sides[1]:
+            return None
+        tile = math.isqrt(max(pixels, 0)) // SMALLEST_TILE * SMALLEST_TILE
+        if not tile:
+            need = self._max_memory - room + BYTES_PER_PIXEL[large] * SMALLEST_TILE**2
+            raise MemoryLimit(
+                f"max_memory is {self._max_memory / 1e6:,.0f} MB; decoding by {name!r} needs at least "
+                f"{need / 1e6:,.0f} MB, in tiles of {SMALLEST_TILE} pixels"
+            )
+        return tile
+
     def close(self) -> None:
         """Let go of every session; the next run opens anew."""
         self._sessions.clear()
 
     def _session(self, name: str, meter: Meter) -> Session:
         if name not in self._sessions:
+            self._check_room(name)
             start = time.perf_counter()
             graph = self._root / self._manifest.parts[name].graph
             self._sessions[name] = self._open_session(graph, self._device, threads=self._threads)
             meter.opening[name] += time.perf_counter() - start
         return self._sessions[name]
+
+    def _check_room(self, name: str) -> None:
+        if self._max_memory is None:
+            return
+        need, held = self.bytes_of(name), resident_bytes()
+        if held + need > self._max_memory:
+            raise MemoryLimit(
+                f"max_memory is {self._max_memory / 1e6:,.0f} MB; part {name!r} has {need / 1e6:,.0f} MB of weights "
+                f"and {held / 1e6:,.0f} MB are taken already. Allow at least {(held + need) / 1e6:,.0f} MB and its work."
+            )
 
     def _check_sizes(self, part: str, inputs: Mapping[str, TensorSpec], feeds: Mapping[str, Array]) -> None:
         """Hold every axis but the batch against the graph: fixed sizes and the ranges of dynamic ones."""
@@ -105,3 +194,14 @@ def _cast(part: str, spec: TensorSpec, value: Array) -> Array:
             f"part {part!r}: input {spec.name!r} is {spec.dtype}; a source is one of {', '.join(FEEDABLE)}"
         )
     return np.ascontiguousarray(value, dtype=spec.dtype)
+
+
+def resident_bytes() -> int:
+    """Memory this process holds now: /proc on Linux, elsewhere the most it ever held."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return pages * mmap.PAGESIZE

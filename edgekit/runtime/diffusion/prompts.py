@@ -12,6 +12,8 @@ from edgekit.bundle.manifest import Tokenizer as Entry
 from edgekit.errors import BadManifest
 from edgekit.runtime.tokenizer import Tokenizer
 
+PADDING = -1  # no token's id
+
 
 class Prompts:
     """The named tokenizers of a bundle, with the lengths its text encoders were exported for."""
@@ -26,10 +28,29 @@ class Prompts:
         Raises:
             BadManifest: the tokenizer has no fixed length, or cannot be read.
         """
+        entry, ids = self._encode(name, texts)
+        return np.where(ids == PADDING, np.int64(entry.pad or 0), ids)
+
+    def masks(self, name: str, texts: Sequence[str]) -> npt.NDArray[np.int64]:
+        """1 where `ids` are the text's and 0 where they pad, (texts, length). Raises BadManifest."""
+        return (self._encode(name, texts)[1] != PADDING).astype(np.int64)
+
+    def _encode(self, name: str, texts: Sequence[str]) -> tuple[Entry, npt.NDArray[np.int64]]:
         entry = self._entries[name]
         if entry.length is None or entry.pad is None:
             raise BadManifest(f"tokenizer {name!r} has no fixed length and pad id; a text encoder here needs both")
         if name not in self._read:
             self._read[name] = Tokenizer.from_file(self._root / entry.file)
         tokenizer = self._read[name]
-        return np.array([tokenizer.encode_padded(text, entry.length, entry.pad) for text in texts], np.int64)
+        said = [in_template(entry, text) for text in texts]
+        return entry, np.array([tokenizer.encode_padded(text, entry.length, PADDING) for text in said], np.int64)
+
+
+def in_template(entry: Entry, text: str) -> str:
+    """The text as its text encoder was trained to see it: in lower case, inside an instruction or a chat's turns."""
+    if entry.lower:
+        text = text.lower().strip()
+    if entry.template is None:
+        return text
+    before, _, after = entry.template.partition("{}")
+    return f"{before}{text}{after}"

@@ -14,7 +14,7 @@ from edgekit.bundle.manifest import AxisRange, FileEntry, Manifest, Part, Proven
 from edgekit.bundle.recipe import Call, Decode, Denoise, Grid, Guidance, Init, NoiseSchedule, Recipe, Sampler, Stage
 from edgekit.bundle.store import Bundle
 from edgekit.runtime.backends.fake import FakeSession
-from edgekit.runtime.diffusion.pipeline import ImagePipeline
+from edgekit.runtime.diffusion.pipeline import FewStepPipeline
 from edgekit.runtime.diffusion.tables import compile_tables
 
 Arrays = Mapping[str, np.ndarray]
@@ -143,7 +143,7 @@ def turbo_like() -> Recipe:
 
 def upscaler() -> Recipe:
     """Super-resolution alone: the given picture through one network."""
-    init, net = Init("previous", width=20, height=20), Denoise("upscaler", {"image": "@image"}, "image")
+    init, net = Init("input", width=20, height=20), Denoise("upscaler", {"image": "@image"}, "image")
     return Recipe((Stage("enlarge", init, Sampler("direct", 1, (1,)), net, upscale=4),))
 
 
@@ -226,9 +226,9 @@ class Studio:
 
         return FakeSession(answer, known.inputs, known.outputs)
 
-    def pipeline(self) -> ImagePipeline:
+    def pipeline(self) -> FewStepPipeline:
         """A pipeline on the fake networks."""
-        return ImagePipeline(self.bundle, open_session=self.open_session)
+        return FewStepPipeline(self.bundle, open_session=self.open_session)
 
 
 def studio(root: Path, recipe: Recipe, manifest: Manifest | None = None) -> Studio:

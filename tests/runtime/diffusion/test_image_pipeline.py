@@ -18,7 +18,7 @@ from edgekit.errors import BadManifest, BadRequest, SessionFailed
 from edgekit.runtime.diffusion.guidance import classifier_free, w_embedding
 from edgekit.runtime.diffusion.image import from_image, read_png_metadata, to_images
 from edgekit.runtime.diffusion.kernels import linear
-from edgekit.runtime.diffusion.pipeline import ImageRequest, ImageResult, StepEvent
+from edgekit.runtime.diffusion.pipeline import DrawRequest, DrawResult, StepEvent
 from edgekit.runtime.diffusion.tables import compile_stage
 from edgekit.runtime.random import PhiloxNoise, TorchCPUNormal
 from tests.runtime.diffusion.cases import LAW
@@ -60,8 +60,9 @@ def plain_walk(recipe: Recipe, net: Any, x: np.ndarray, seed: int, strength: flo
     """The first stage by hand."""
     stage = recipe.stages[0]
     table = compile_stage(stage, stage.sampler.steps, strength)
-    *_, (x, _) = linear(table.rows, x, net, lambda row: PhiloxNoise(seed).normal(x.shape, 1 + row))
-    return x
+    timed = lambda x, row: net(x, table.rows[row][0])  # noqa: E731
+    *_, last = linear(table.rows, x, timed, lambda row: PhiloxNoise(seed).normal(x.shape, 1 + row))
+    return last.x
 
 
 def test_two_stages_are_the_sum_of_their_parts(make: Any) -> None:
@@ -185,8 +186,9 @@ def test_torch_mode_draws_in_diffusers_order(make: Any) -> None:
     calls = fake.calls["unet_xl"]
     x = table.init_scale * stream.normal(shape)
     assert np.array_equal(calls[0]["x"], np.float32(table.rows[0][1]) * x)
-    net = lambda x, t: denoise({**calls[0], "x": x, "t": np.full(2, t, np.float32)})["m"]  # noqa: E731
-    ((x, _),) = linear(table.rows[:1], x, net, lambda row: stream.normal(shape))
+    t = np.full(2, table.rows[0][0], np.float32)
+    net = lambda x, row: denoise({**calls[0], "x": x, "t": t})["m"]  # noqa: E731
+    ((_, x, _),) = linear(table.rows[:1], x, net, lambda row: stream.normal(shape))
     assert np.array_equal(calls[1]["x"], np.float32(table.rows[1][1]) * x)
 
 
@@ -203,8 +205,8 @@ def test_given_latents_take_the_place_of_the_first_noise(make: Any) -> None:
 def test_every_row_is_an_event_and_the_result_comes_last(make: Any) -> None:
     """Four rows of drawing, one of enlarging, then the result; `on_step` of generate sees the same events."""
     pipeline = make(emoji_like()).pipeline()
-    *events, result = pipeline.stream(ImageRequest("red apple"))
-    assert isinstance(result, ImageResult)
+    *events, result = pipeline.stream(DrawRequest("red apple"))
+    assert isinstance(result, DrawResult)
     rows = [(event.stage, event.row, event.of) for event in events]
     assert rows == [("draw", 0, 4), ("draw", 1, 4), ("draw", 2, 4), ("draw", 3, 4), ("enlarge", 0, 1)]
     assert [event.t for event in events[:4]] == [row[0] for row in compile_stage(emoji_like().stages[0], 4).rows]

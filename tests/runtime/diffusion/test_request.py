@@ -13,8 +13,9 @@ from PIL import Image
 from edgekit.bundle.recipe import Init, Recipe
 from edgekit.bundle.validate import check_manifest
 from edgekit.errors import BadManifest, BadRequest, IllegalSteps
-from edgekit.runtime.diffusion.request import Contract, ImageRequest
-from tests.runtime.diffusion.fakes import RECIPES, UPSCALE, Studio, cfg_like, lcm_like, studio
+from edgekit.runtime.diffusion.contract import Contract
+from edgekit.runtime.diffusion.request import DrawRequest
+from tests.runtime.diffusion.fakes import RECIPES, UPSCALE, Studio, lcm_like, studio
 
 PICTURE = Image.new("RGB", (40, 24), "red")
 NAN = np.full((1, 4, 6, 8), np.nan, np.float32)
@@ -90,7 +91,7 @@ def test_the_fakes_are_legal_bundles(name: str, stand: Any) -> None:
 def test_a_stream_is_refused_when_it_is_asked_for(stand: Any) -> None:
     """Not at its first event: a program can catch the mistake where it makes it."""
     with pytest.raises(IllegalSteps):
-        stand("lcm").pipeline().stream(ImageRequest("red apple", steps=3))
+        stand("lcm").pipeline().stream(DrawRequest("red apple", steps=3))
 
 
 @pytest.mark.parametrize("off", [None, 0.0, 1.0])
@@ -110,17 +111,14 @@ def test_a_given_picture_keeps_its_size_in_whole_units(stand: Any) -> None:
 def test_a_fixed_input_of_an_upscaler_is_kept(tmp_path: Path) -> None:
     """An upscaler exported for one size says which."""
     recipe = RECIPES["upscaler"]()
-    stage = msgspec.structs.replace(recipe.stages[0], init=Init("previous", width=20, height=20, fixed_size=True))
+    stage = msgspec.structs.replace(recipe.stages[0], init=Init("input", width=20, height=20, fixed_size=True))
     with pytest.raises(BadRequest, match="20 x 20"):
         studio(tmp_path, Recipe((stage,))).pipeline().generate(image=PICTURE)
 
 
-def test_a_second_loop_is_refused_when_the_bundle_is_opened(tmp_path: Path) -> None:
-    """Only the first stage draws; a recipe that asks for more is named, not approximated."""
+def test_a_first_stage_cannot_start_from_what_came_before_it() -> None:
+    """Nothing came before the first stage, and the contract says so by its name."""
     draw = lcm_like().stages[0]
-    again = msgspec.structs.replace(draw, name="again")
-    with pytest.raises(BadManifest, match="again"):
-        studio(tmp_path, Recipe((draw, again), cfg_like().conditions)).pipeline()
     previous = msgspec.structs.replace(draw, init=Init("previous"))
     with pytest.raises(BadManifest, match="draw"):
         Contract.of(Recipe((previous, UPSCALE)))
