@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from edgekit.bundle.recipe import Decode, Recipe, Stage
+from edgekit.bundle.recipe import Decode, Recipe, Retrieve, Stage
 from edgekit.errors import BadManifest, BadRequest, IllegalSteps
 from edgekit.runtime.diffusion.request import DrawRequest, Settled
 from edgekit.runtime.diffusion.tables import SAMPLERS
@@ -138,6 +138,11 @@ class Contract:
             raise BadRequest("this bundle draws from text alone: it has no encoder for pictures; leave the image out")
         if request.latents is not None and not self.needs_picture:
             raise BadRequest("image and latents both say where to start; give one of them")
+        bound = bool(self.main.denoise.carry) or any(isinstance(hook, Retrieve) for hook in self.recipe.hooks)
+        if self.optional_picture and bound:
+            raise BadRequest(
+                "this bundle's rows build on those before them, so none can be skipped; drop the image"
+            )
         if self.optional_picture and not SAMPLERS[self.main.sampler.kind].from_image:
             raise BadRequest(f"sampler {self.main.sampler.kind!r} cannot start from a picture; leave the image out")
 

@@ -228,7 +228,7 @@ class Drawing:
     def _imposed(self, stage: Stage, started: Started) -> Callable[[int, F32], F32] | None:
         """What is put back into the sample: known entries, or the picture outside a mask."""
         if stage.denoise.fixed is not None:
-            return hold(self._sources.images(stage.denoise.fixed))
+            return hold(self._sources.images(stage.denoise.fixed), started.x.shape)
         if stage is not self._contract.main or not self._used.inpaint or not self._contract.blends:
             return None
         levels = noise_levels(stage, self._steps, self._used.strength)

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgekit.bundle.recipe import NoiseSchedule, Retrieve, TimeShift
-from edgekit.errors import BadManifest
+from edgekit.errors import BadManifest, BadRequest
 from edgekit.runtime.diffusion.grids import alphas_cumprod
 from edgekit.runtime.diffusion.kernels import Jump
 
@@ -60,6 +60,8 @@ def retrieve(hook: Retrieve, keys: F32, values: F32) -> Callable[[int, F32, F32]
     def after(row: int, x: F32, _: F32) -> Jump | None:
         if row != hook.key_row:
             return None
+        if x.shape[1:] != keys.shape[1:]:
+            raise BadRequest(f"the sample is {x.shape[1:]}; trajectories are stored for {keys.shape[1:]} only")
         return Jump(hook.resume_row, np.stack([_combine(flat, values, one, hook.top_k) for one in x]))
 
     return after

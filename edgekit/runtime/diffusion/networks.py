@@ -154,7 +154,7 @@ class Networks:
         if held + need > self._max_memory:
             raise MemoryLimit(
                 f"max_memory is {self._max_memory / 1e6:,.0f} MB; part {name!r} has {need / 1e6:,.0f} MB of weights "
-                f"and {held / 1e6:,.0f} MB are taken already. Allow at least {(held + need) / 1e6:,.0f} MB and its work."
+                f"and {held / 1e6:,.0f} MB are taken already. Allow {(held + need) / 1e6:,.0f} MB and more."
             )
 
     def _check_sizes(self, part: str, inputs: Mapping[str, TensorSpec], feeds: Mapping[str, Array]) -> None:

@@ -63,6 +63,8 @@ def start(
     """
     init = stage.init
     clean = _clean(stage, shape, sources, run, from_image)
+    if init.kind == "noise" and init.mean is not None:
+        shape = sources.images(init.mean).shape
     if clean is not None:
         shape = (shape[0], *clean.shape[1:])
         sources.put("@start", IMAGE, clean)
@@ -92,10 +94,13 @@ def _clean(stage: Stage, shape: tuple[int, ...], sources: Sources, run: Run, fro
     if init.kind in ("gaussian", "mask", "random", "rigid"):
         return None
     given = "@previous" if init.kind == "previous" else "@image"
-    if init.resize is not None and given in sources:
-        sources.put(given, IMAGE, resized(sources.value(given), init.resize))
+    as_given = sources.value(given) if given in sources else None
+    if init.resize is not None and as_given is not None:
+        sources.put(given, IMAGE, resized(as_given, init.resize))
     if init.encode is not None:
         encoded = scaled(run(init.encode), init.scale, init.shift)
+        if as_given is not None:  # enlarged for the encoder alone
+            sources.put(given, IMAGE, as_given)
         if init.kind == "noise" and encoded.shape[1:] != shape[1:]:
             raise BadManifest(f"the encoder gives {encoded.shape[1:]} per picture; the sample is {shape[1:]}")
         return encoded
@@ -147,8 +152,14 @@ def blend(started: Started, levels: list[tuple[float, float]], mask: F32) -> Cal
     return impose
 
 
-def hold(fixed: F32) -> Callable[[int, F32], F32]:
-    """Entries that are known stay: `fixed` is NaN where the sample is free."""
+def hold(fixed: F32, shape: tuple[int, ...]) -> Callable[[int, F32], F32]:
+    """Entries that are known stay: `fixed` is NaN where the sample, of `shape`, is free.
+
+    Raises:
+        BadRequest: the known entries are of another shape.
+    """
+    if fixed.shape != shape:
+        raise BadRequest(f"the known entries are {fixed.shape}; the sample is {shape}")
     known = np.isfinite(fixed)
 
     def impose(_: int, x: F32) -> F32:

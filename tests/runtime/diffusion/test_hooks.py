@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from edgekit.bundle.recipe import NoiseSchedule, Retrieve, TimeShift
-from edgekit.errors import BadManifest
+from edgekit.errors import BadManifest, BadRequest
 from edgekit.runtime.diffusion.grids import alphas_cumprod
 from edgekit.runtime.diffusion.hooks import retrieve, time_shift
 
@@ -72,3 +72,10 @@ def test_a_store_too_small_is_refused() -> None:
         retrieve(Retrieve("base", 0, 1), np.zeros((3, 4), np.float32), np.zeros((2, 4), np.float32))
     with pytest.raises(BadManifest, match="top_k is 5"):
         retrieve(Retrieve("base", 0, 1, top_k=5), np.zeros((3, 4), np.float32), np.zeros((3, 4), np.float32))
+
+
+def test_a_sample_of_another_size_finds_nothing() -> None:
+    """Trajectories of one size say nothing of another; the sizes are named."""
+    after = retrieve(Retrieve("base", 0, 1), np.zeros((3, 2, 4), np.float32), np.zeros((3, 2, 4), np.float32))
+    with pytest.raises(BadRequest, match=r"stored for \(2, 4\)"):
+        after(0, np.zeros((1, 2, 5), np.float32), np.zeros((1, 2, 5), np.float32))

@@ -79,6 +79,8 @@ def test_known_entries_are_held(tmp_path: Path) -> None:
     assert (result.arrays[:, 0, 0] == 5).all()
     assert all((call["x"][:, 0, 0] == 5).all() for call in made.calls["net"])
     assert np.abs(result.arrays[:, 1]).max() < 5
+    with pytest.raises(BadRequest, match="known entries"):
+        made.pipeline().generate(inputs={"known": known[..., :2]})
 
 
 def test_inputs_are_asked_for_by_name(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def test_noise_is_drawn_around_a_mean(tmp_path: Path) -> None:
     init = msgspec.structs.replace(SMALL, mean="@input.mu")
     networks: dict[str, Network] = {"net": (lambda feeds: {"m": feeds["x"] * 0}, (X, T), (M,))}
     made = studio(tmp_path, Recipe((stage(init=init, sampler=sampler),), media=ARRAY), networks)
-    mu = np.full((1, 2, 4, 4), 10, np.float32)
+    mu = np.full((1, 2, 4, 4), 10, np.float32)  # its shape is the sample's, whatever size the recipe has
     made.pipeline().generate(seed=3, inputs={"mu": mu})
     first, second = (call["x"] for call in made.calls["net"])
     assert np.abs(first - (noise(3) + 10)).max() <= 1e-5
@@ -122,3 +122,33 @@ def test_a_network_that_knows_masks_is_told(tmp_path: Path) -> None:
     assert np.abs(fed["hole"][..., 2:]).max() > 0
     with pytest.raises(BadRequest, match="give one"):
         made.pipeline().generate(image=PICTURE)
+
+
+def test_rows_that_build_on_each_other_are_all_walked(tmp_path: Path) -> None:
+    """A recipe that carries tensors has no picture to start from: the rows skipped would have filled the cache."""
+    init = msgspec.structs.replace(SMALL, encode=Call("encoder", {"image": "@image"}))
+    cache = spec("cache", 2, "h", "w")
+    networks: dict[str, Network] = {
+        "net": (lambda feeds: {"m": feeds["cache"], "cache": feeds["cache"]}, (X, cache), (M, cache)),
+        "encoder": ENCODER,
+    }
+    net = Denoise("net", {"x": "@x"}, "m", carry=("cache",))
+    made = studio(tmp_path, Recipe((stage(init=init, denoise=net),), media=ARRAY), networks)
+    with pytest.raises(BadRequest, match="none can be skipped"):
+        made.pipeline().generate(image=PICTURE)
+
+
+def test_the_network_sees_the_picture_as_it_was_given(tmp_path: Path) -> None:
+    """`resize` enlarges for the encoder; whatever else is fed the picture gets it in its own size (ResShift)."""
+    init = Init("encode", channels=2, downscale=1, encode=Call("encoder", {"image": "@image"}), resize=Resize(2))
+    networks: dict[str, Network] = {
+        "net": (plain, (X, T, spec("given", 3, "H", "W")), (M,)),
+        "encoder": ENCODER,
+    }
+    net = Denoise("net", {**FEEDS, "given": "@image"}, "m")
+    sampler = Sampler("one_step", 1, (1,), prediction="flow", sigmas=(0.25,))
+    made = studio(tmp_path, Recipe((stage(init=init, sampler=sampler, denoise=net),), media=ARRAY), networks)
+    made.pipeline().generate(image=PICTURE)
+    assert made.calls["encoder"][0]["image"].shape == (1, 3, 8, 8)
+    assert made.calls["net"][0]["given"].shape == (1, 3, 4, 4)
+    assert made.calls["net"][0]["x"].shape == (1, 2, 8, 8)
