@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="fp32, fp16, int8, int8-128, int8-row, int4, int4-128, or auto: measure the last five here, take the fastest.",
 )
+@click.option("--tiny-vae", type=click.Path(path_type=Path), help="Small decoder to add, for previews and run --tiny.")
 @click.option("--lora", multiple=True, help="LoRA to fold in first, FILE[:SCALE]. Repeatable.")
 @click.option("--steps", type=int, help="Default step count written into the bundle.")
 @click.option("--max-memory", help="Hard cap of the export's memory, e.g. 8GB.")
@@ -41,6 +42,7 @@ def command(
     family: str | None,
     device: str,
     precision: str,
+    tiny_vae: Path | None,
     lora: tuple[str, ...],
     steps: int | None,
     max_memory: str | None,
@@ -61,6 +63,7 @@ def command(
             precision=precision,
             family=family,
             task=task,
+            tiny_vae=tiny_vae,
             loras=tuple(parse_lora(text) for text in lora),
             steps=steps,
             max_memory=None if max_memory is None else terminal.parse_bytes(max_memory),

@@ -2,6 +2,7 @@
 
 Two spellings of the same thing: kohya's (`lora_unet_<name with underscores>.lora_down.weight`, with an `.alpha`) and
 diffusers' or peft's (`unet.<name>.lora_A.weight`, `.lora.down.weight`). Without an alpha the scale is 1, as in both.
+Modules of a UNet go by diffusers' names or by those of the model's first publication.
 A key that belongs to no weight is an error: half a style is not what was asked for.
 """
 
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgekit.errors import BadSource, UnsupportedModel
 from edgekit.export.headers import read_header
+from edgekit.export.lora_names import first_published
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -100,6 +102,8 @@ def targets(found: Iterable[Adapter], component: str, weights: Iterable[str]) ->
         weights: names of the component's weights, as in its safetensors or `named_parameters`.
     """
     dotted = {_canonical(name.removesuffix(".weight")): name for name in weights if name.endswith(".weight")}
+    if component == "unet":
+        dotted = {there: dotted[here] for there, here in first_published(dotted).items()} | dotted
     flat = {name.replace(".", "_"): weight for name, weight in dotted.items()}
     return {
         adapter: dotted.get(name) or flat.get(name)

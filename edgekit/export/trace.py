@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Iterator
 from importlib import import_module
@@ -15,7 +16,7 @@ from torch.export import Dim
 
 from edgekit.bundle.manifest import TensorSpec
 from edgekit.errors import UnsupportedModel
-from edgekit.export.attention import OPSETS, translation, use_one_node
+from edgekit.export.attention import OPSETS, one_node, translation
 from edgekit.export.families import PartJob
 from edgekit.export.lora import fold
 from edgekit.export.parity import probe, save_references
@@ -46,8 +47,8 @@ def trace(job: PartJob, task: Task, at: Callable[[str], None]) -> None:
         at("reference")
         save_references(Path(task.references) / f"{job.part}.npz", _answers(network, job))
         at("trace")
-        use_one_node(network)
-        program = _export(network, job, task)
+        with one_node(network, task.attention):
+            program = _export(network, job, task)
     at("write")
     _tidy(program.model, job)
     path = Path(task.graphs) / f"{job.part}.onnx"
@@ -86,7 +87,8 @@ def _export(network: nn.Module, job: PartJob, task: Task) -> Any:
     torch.export runs here and not inside torch.onnx.export, which asks it for deferred shape assertions, fails on those
     of an odd latent, and then captures everything a second time with the slower tracer.
     """
-    dims = tuple({i: Dim.DYNAMIC for i, dim in enumerate(spec.shape) if isinstance(dim, str)} for spec in job.inputs)
+    free = [{i: Dim.DYNAMIC for i, dim in enumerate(spec.shape) if isinstance(dim, str)} for spec in job.inputs]
+    dims = _as_signature(network, free)
     try:
         captured = torch.export.export(network.eval(), _example(job, 0), dynamic_shapes=dims, strict=False)
         return torch.onnx.export(
@@ -101,6 +103,14 @@ def _export(network: nn.Module, job: PartJob, task: Task) -> Any:
     except (torch.onnx.errors.OnnxExporterError, torch._dynamo.exc.UserError) as why:
         reason = str(why.__cause__ or why).strip().splitlines()
         raise UnsupportedModel(f"{job.part}: torch cannot export this network: {' '.join(reason[:3])}") from why
+
+
+def _as_signature(network: nn.Module, dims: list[dict[int, Any]]) -> tuple[Any, ...]:
+    """Per-input dynamic axes as torch.export takes them: those of `*inputs` are one entry."""
+    parameters = inspect.signature(network.forward).parameters.values()
+    named = sum(each.kind is not inspect.Parameter.VAR_POSITIONAL for each in parameters)
+    rest = tuple(dims[named:])
+    return (*dims[:named], rest) if rest and named < len(parameters) else tuple(dims)
 
 
 def _tidy(model: Any, job: PartJob) -> None:

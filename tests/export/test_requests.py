@@ -45,6 +45,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "family": st.sampled_from([None, "sd", "flux"]),
     "steps": st.sampled_from([None, 1, 4]),
     "loras": LORAS,
+    "tiny_vae": st.sampled_from([None, "a", "b"]),
 }
 IDLE = {
     "target": st.sampled_from(["x", "y"]),
@@ -56,7 +57,8 @@ IDLE = {
 
 def request(folder: Path, values: dict[str, Any]) -> ExportRequest:
     """A request from drawn values; paths are below the folder."""
-    paths = {"source": folder / values["source"], "target": folder / values["target"]}
+    paths: dict[str, Path | None] = {"source": folder / values["source"], "target": folder / values["target"]}
+    paths["tiny_vae"] = folder / values["tiny_vae"] if values["tiny_vae"] else None
     loras = tuple(LoraFile(folder / f"{name}.safetensors", scale) for name, scale in values["loras"])
     return ExportRequest(**{**values, **paths, "loras": loras})
 
@@ -197,3 +199,11 @@ main()
     assert gone in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "x.bundle").exists()
+
+
+def test_a_small_decoder_is_a_folder_with_a_config(folder: Path) -> None:
+    """Anything else is refused when the request is made, and so is one for a model that decodes nothing."""
+    with pytest.raises(BadRequest, match="AutoencoderTiny"):
+        ExportRequest(source=folder / "a", target=folder / "x", tiny_vae=folder)
+    with pytest.raises(BadRequest, match="--tiny-vae"):
+        plan(ExportRequest(source=DRAFT, target=folder / "x", tiny_vae=folder / "a"))

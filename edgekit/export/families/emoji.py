@@ -10,8 +10,9 @@ import msgspec
 from edgekit.bundle.recipe import Call, Decode, Denoise, Grid, Guidance, Init, Recipe, Sampler, Stage
 from edgekit.errors import UnsupportedModel
 from edgekit.export.families import Family, PartJob, PromptTokenizer
-from edgekit.export.families.parts import BATCH, component, f32, text_jobs, unet_config, unet_job
+from edgekit.export.families.parts import BATCH, component, f32, text_jobs
 from edgekit.export.families.schedulers import flow_lcm_sampler, scheduler_config
+from edgekit.export.families.unets import unet_config, unet_job
 from edgekit.export.sources import Source
 
 NETWORKS = "edgekit.export.families.emoji_networks"

@@ -12,12 +12,14 @@ import msgspec
 
 from edgekit import __version__
 from edgekit.bundle.files import sha256_file, sha256_tree
-from edgekit.bundle.manifest import Gate, Manifest, Part, PrecisionRecord, Provenance, Tokenizer
+from edgekit.bundle.manifest import AxisRange, Gate, Manifest, Part, PrecisionRecord, Provenance, Tokenizer
 from edgekit.bundle.recipe import Recipe, Stage, Table
 from edgekit.errors import BadRequest, IllegalSteps, MemoryLimit
 from edgekit.export import lora as loras
 from edgekit.export.families import Family, PartJob, family_of
 from edgekit.export.families import weights as stored
+from edgekit.export.families.distilled import distilled
+from edgekit.export.families.tiny import tiny_folder, with_tiny_decoder
 from edgekit.export.families.tokenizers import write_tokenizer
 from edgekit.export.plan import ExportPlan, PartPlan
 from edgekit.export.sources import Source, stated_licence
@@ -33,7 +35,10 @@ STAGES = {"load": 0.0, "reference": 0.1, "trace": 0.15, "write": 0.75, "compare"
 
 @dataclass(frozen=True)
 class DiffusionOptions:
-    """What an export may be asked; `attention` is `ort` (ONNX Runtime) or `std` (TensorRT), `steps` the new default."""
+    """What an export may be asked; `attention` is `ort` (ONNX Runtime) or `std` (TensorRT), `steps` the new default.
+
+    `tiny_vae` is the folder of a small decoder (AutoencoderTiny) for previews, in place of one in the model folder.
+    """
 
     attention: Literal["ort", "std"] = "ort"
     precision: str = "fp32"
@@ -41,6 +46,7 @@ class DiffusionOptions:
     loras: tuple[Lora, ...] = ()
     steps: int | None = None
     max_memory: int | None = None
+    tiny_vae: str | None = None
 
     def __post_init__(self) -> None:
         if self.precision != "fp32":
@@ -109,14 +115,20 @@ def export_diffusion(source: Source, staging: Path, *, options: DiffusionOptions
         tokenizers=_tokenizers(source, family, staging),
         recipe=recipe,
         tables=_tables(recipe),
-        notes={"left_out": ", ".join(_left_out(source))} if _left_out(source) else {},
+        axes={axis: AxisRange(max=most) for job in jobs for axis, most in job.most.items()},
+        notes=_notes(source, options),
     )
 
 
 def _prepare(source: Source, options: DiffusionOptions) -> tuple[Family, Recipe, tuple[PartJob, ...]]:
     """All that can be refused without loading a weight."""
+    if options.loras:
+        source = distilled(source, options.family)
     family = family_of(source, options.family)
     recipe, jobs = family.recipe(source), family.jobs(source)
+    tiny = Path(options.tiny_vae) if options.tiny_vae is not None else tiny_folder(source)
+    if tiny is not None:
+        recipe, jobs = with_tiny_decoder(recipe, jobs, tiny)
     if options.steps is not None:
         recipe = _with_steps(recipe, options.steps)
     names = {job.lora: stored.shapes(source.root / job.folder) for job in jobs if job.lora is not None}
@@ -244,6 +256,15 @@ def _left_out(source: Source) -> tuple[str, ...]:
     """Components of the pipeline that no graph is made of (the safety checker, an image encoder)."""
     extras = ("safety_checker", "image_encoder", "feature_extractor")
     return tuple(name for name in extras if source.class_of(name))
+
+
+def _notes(source: Source, options: DiffusionOptions) -> dict[str, str]:
+    """What the folder has and the bundle has not, and the other way round."""
+    notes = {"left_out": ", ".join(_left_out(source))} if _left_out(source) else {}
+    if options.tiny_vae is not None:
+        folder = Path(options.tiny_vae)
+        notes["tiny_vae"] = f"{folder.resolve().name} sha256:{sha256_tree(folder)}"
+    return notes
 
 
 def _provenance(source: Source, options: DiffusionOptions) -> Provenance:

@@ -10,13 +10,14 @@ from edgekit.bundle.recipe import Guidance, Recipe
 from edgekit.errors import UnsupportedModel
 from edgekit.export.families import Family
 from edgekit.export.families import stable_diffusion as sd
-from edgekit.export.families.parts import unet_config
 from edgekit.export.families.schedulers import lcm_sampler, scheduler_config
+from edgekit.export.families.unets import unet_config
 from edgekit.export.sources import Source
 
-PIPELINES = ("LatentConsistencyModelPipeline", "LatentConsistencyModelImg2ImgPipeline", *sd.PIPELINES, *sd.IMG2IMG)
+PIPELINES = ("LatentConsistencyModelPipeline", "LatentConsistencyModelImg2ImgPipeline", *sd.PIPELINES)
 LEGAL_STEPS = (1, 2, 3, 4, 5, 6, 7, 8)
 SCALE = 8.5  # LatentConsistencyModelPipeline's default
+MOST = 2.0  # what LCM-LoRA bears
 
 
 def matches(source: Source) -> bool:
@@ -39,8 +40,9 @@ def _guidance(source: Source) -> Guidance:
             "unet.time_cond_proj_dim is null in a LatentConsistencyModelPipeline, which embeds the guidance scale; "
             "save a UNet without that embedding as a StableDiffusionPipeline with LCMScheduler"
         )
-    zero_empty = bool(source.index.get("force_zeros_for_empty_prompt", False))
-    return Guidance(kind="cfg", scale=1.0, minimum=1.0, maximum=2.0, zero_empty=zero_empty)
+    return sd.guided(source, scale=1.0, maximum=MOST)
 
 
-FAMILY = Family("lcm", "text-to-image", matches, recipe, sd.jobs, sd.tokenizers)
+FAMILY = Family(
+    "lcm", "text-to-image", matches, recipe, sd.jobs, sd.tokenizers, distils={"_class_name": "LCMScheduler"}
+)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from edgekit.errors import BadSource
+from edgekit.export.families.parts import Autoencoder
 from edgekit.export.families.weights import variant_of, weight_files
 from edgekit.export.headers import read_header
 from edgekit.export.sources import read_json
@@ -87,44 +88,73 @@ class Part(nn.Module):  # type: ignore[misc]
 
 
 class UNet(Part):
-    """UNet2DConditionModel with one text encoder."""
+    """UNet2DConditionModel, and whatever it is conditioned on: its config says which inputs there are."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(_streamed_unet(folder))
+        config = self.inner.config
+        self.joins = config.in_channels != config.out_channels  # inpainting: mask and masked latents join the sample
+        self.vae = _neighbour(folder) if self.joins else None
 
-    def forward(
-        self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, timestep_cond: Tensor | None = None
-    ) -> Tensor:
-        """Latent, time (batch,), text states and w-embedding to the prediction, shaped as the latent."""
-        out: Tensor = self.inner(
-            sample, timestep, encoder_hidden_states, timestep_cond=timestep_cond, return_dict=False
-        )[0]
-        return out
+    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, *more: Tensor) -> Tensor:
+        """Latent, time (batch,), text states to the prediction, shaped as the latent; inputs in edgekit's order.
 
-
-class UNetXL(UNet):
-    """UNet2DConditionModel with SDXL's two text encoders, pooled text and size conditioning (Podell et al. 2023)."""
-
-    def forward(  # type: ignore[override]
-        self,
-        sample: Tensor,
-        timestep: Tensor,
-        encoder_hidden_states: Tensor,
-        encoder_hidden_states_2: Tensor,
-        text_embeds: Tensor,
-        time_ids: Tensor,
-        timestep_cond: Tensor | None = None,
-    ) -> Tensor:
-        """As UNet; the two text states are joined along their width."""
+        SDXL's two text states (Podell et al. 2023) are joined along their width. A masked picture's latents are brought
+        to the sample's scale here, for a recipe's conditions are what an encoder gives.
+        """
+        rest = list(more)
+        states, added = _text(self.inner.config, encoder_hidden_states, rest)
+        embedding = rest.pop(0) if self.inner.config.time_cond_proj_dim else None
+        if self.vae is not None:
+            mask, masked = rest.pop(0), rest.pop(0)
+            sample = torch.cat([sample, mask, (masked - self.vae.shift) * self.vae.scale], dim=1)
         out: Tensor = self.inner(
             sample,
             timestep,
-            torch.cat([encoder_hidden_states, encoder_hidden_states_2], dim=-1),
-            timestep_cond=timestep_cond,
-            added_cond_kwargs={"text_embeds": text_embeds, "time_ids": time_ids},
+            states,
+            timestep_cond=embedding,
+            added_cond_kwargs=added,
+            down_block_additional_residuals=tuple(rest[:-1]) if rest else None,
+            mid_block_additional_residual=rest[-1] if rest else None,
             return_dict=False,
         )[0]
         return out
+
+
+class ControlNet(Part):
+    """ControlNetModel (Zhang et al. 2023): a copy of the UNet's first half that sees a control picture."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(_from_diffusers("ControlNetModel", folder))
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        control: Tensor,
+        control_scale: Tensor,
+        encoder_hidden_states: Tensor,
+        *more: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """Latent, time (batch,), picture in [0, 1], strength (batch,), text states to the UNet's residuals."""
+        states, added = _text(self.inner.config, encoder_hidden_states, list(more))
+        down, middle = self.inner(sample, timestep, states, control, added_cond_kwargs=added, return_dict=False)
+        scale = control_scale[:, None, None, None]
+        return (*(scale * each for each in down), scale * middle)
+
+
+def _text(config: Any, states: Tensor, rest: list[Tensor]) -> tuple[Tensor, dict[str, Tensor] | None]:
+    """Text states as a UNet takes them, and SDXL's pooled text and sizes, taken off the front of `rest`."""
+    if config.addition_embed_type != "text_time":
+        return states, None
+    second, pooled, time_ids = (rest.pop(0) for _ in range(3))
+    return torch.cat([states, second], dim=-1), {"text_embeds": pooled, "time_ids": time_ids}
+
+
+def _neighbour(folder: Path) -> Autoencoder:
+    """The autoencoder beside a component."""
+    config = read_json(folder.parent / "vae" / "config.json")
+    return Autoencoder.of(str(config.get("_class_name")), config)
 
 
 class LastHidden(Part):
@@ -158,6 +188,15 @@ class PenultimateAndPooled(Part):
         """(batch, length) to (batch, length, width) and (batch, projection)."""
         out = self.inner(input_ids, output_hidden_states=True)
         return out.hidden_states[-2], out.text_embeds
+
+
+class Pooled(LastHidden):
+    """CLIP text model: the state of the last token, after the final norm (FLUX)."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """(batch, length) to (batch, width)."""
+        out: Tensor = self.inner(input_ids).pooler_output
+        return out
 
 
 class Decoder(Part):

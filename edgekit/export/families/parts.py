@@ -1,14 +1,17 @@
-"""The graphs that Stable Diffusion pipelines share, as PartJobs read from component configs.
+"""The graphs that latent-diffusion pipelines share, as PartJobs read from component configs: CLIP text, autoencoders.
 
-Names of inputs and outputs are those of diffusers' ONNX exports (`sample`, `timestep`, `out_sample`, `latent_sample`).
-Axes: `batch`; `height`, `width` of the latent; `image_height`, `image_width` of the picture; `length` of the text.
+Any family may use these beside a denoiser of its own. Names of inputs and outputs are those of diffusers' ONNX exports
+(`input_ids`, `sample`, `latent_sample`). Axes: `batch`; `height`, `width` of the latent; `image_height`, `image_width`
+of the picture; `length` of the text.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from edgekit.bundle.manifest import Dim, TensorSpec
+from edgekit.bundle.recipe import Call, Decode, Init
 from edgekit.errors import BadSource, UnsupportedModel
 from edgekit.export.families import PartJob
 from edgekit.export.families.schedulers import refuse
@@ -17,6 +20,7 @@ from edgekit.export.sources import Source
 NETWORKS = "edgekit.export.families.networks"
 TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection")
 AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
+KL_SCALE, TINY_SCALE = 0.18215, 1.0  # diffusers' defaults of scaling_factor
 
 # One size per probe; the first is traced. An odd latent makes diffusers' UNet resize by the sizes of its skip tensors,
 # so that the graph answers for every size and not just for multiples of 2 ** (number of downsamplings).
@@ -45,70 +49,6 @@ def component(source: Source, name: str, classes: tuple[str, ...]) -> dict[str, 
     return source.config(name)
 
 
-def unet_config(source: Source) -> dict[str, Any]:
-    """The UNet's config, if all it asks for is fed.
-
-    Raises:
-        UnsupportedModel: an extra input or attention that no recipe feeds.
-    """
-    config = component(source, "unet", ("UNet2DConditionModel",))
-    plain: dict[str, tuple[Any, ...]] = {
-        "class_embed_type": (None,),
-        "num_class_embeds": (None,),
-        "encoder_hid_dim_type": (None,),
-        "encoder_hid_dim": (None,),
-        "addition_embed_type": (None, "text", "text_time"),  # text pools what is fed already
-        "attention_type": ("default",),
-        "cross_attention_norm": (None,),
-        "dual_cross_attention": (False,),
-        "center_input_sample": (False, True),
-    }
-    refuse("unet", config, plain)
-    if not isinstance(config.get("cross_attention_dim"), int):
-        raise UnsupportedModel(f"unet: cross_attention_dim is {config.get('cross_attention_dim')!r}; only one width is")
-    if config["in_channels"] != config["out_channels"]:
-        raise UnsupportedModel(
-            f"unet takes {config['in_channels']} channels and gives {config['out_channels']}: inpainting, editing and "
-            f"learned variance are not exported"
-        )
-    return config
-
-
-def unet_job(source: Source) -> PartJob:
-    """The denoiser: (batch, channels, height, width), float32 timestep (batch,), text states -> `out_sample`.
-
-    SDXL's second text encoder comes in as `encoder_hidden_states_2`, joined to the first one's inside the graph, with
-    `text_embeds` (pooled) and `time_ids`; a guidance-distilled UNet takes `timestep_cond` (w-embedding).
-
-    Raises:
-        BadSource, UnsupportedModel: a component this graph cannot have.
-    """
-    config = unet_config(source)
-    latent: tuple[Dim, ...] = ("batch", config["in_channels"], "height", "width")
-    inputs = [f32("sample", *latent), f32("timestep", "batch")]
-    for name, part in zip(("encoder_hidden_states", "encoder_hidden_states_2"), text_encoders(source), strict=False):
-        inputs.append(f32(name, "batch", "length", source.config(part)["hidden_size"]))
-    if config.get("addition_embed_type") == "text_time":
-        inputs += [f32("text_embeds", "batch", _projection(source)), f32("time_ids", "batch", 6)]
-    if config.get("time_cond_proj_dim"):
-        inputs.append(f32("timestep_cond", "batch", config["time_cond_proj_dim"]))
-    widths = sum(int(spec.shape[2]) for spec in inputs if spec.name.startswith("encoder_hidden_states"))
-    if widths != config["cross_attention_dim"]:
-        raise UnsupportedModel(
-            f"unet takes text states {config['cross_attention_dim']} wide, the text encoders give {widths} in all"
-        )
-    return PartJob(
-        part="unet",
-        network=f"{NETWORKS}:{'UNetXL' if len(text_encoders(source)) == 2 else 'UNet'}",
-        folder="unet",
-        inputs=tuple(inputs),
-        outputs=(f32("out_sample", *latent),),
-        sizes={"batch": BATCH, "height": HEIGHT, "width": WIDTH, "length": LENGTH},
-        fill={"timestep": TIME, "time_ids": (0.0, 512.0)},
-        lora="unet",
-    )
-
-
 def text_encoders(source: Source) -> tuple[str, ...]:
     """Names of the pipeline's text encoders: one, or SDXL's two."""
     return ("text_encoder", "text_encoder_2") if source.class_of("text_encoder_2") else ("text_encoder",)
@@ -122,34 +62,154 @@ def text_jobs(source: Source) -> tuple[PartJob, ...]:
     Raises:
         BadSource, UnsupportedModel: another class of encoder, or one that needs an attention mask.
     """
-    names = text_encoders(source)
-    jobs = []
-    for name in names:
-        config = component(source, name, TEXT_ENCODERS)
-        refuse(name, config, {"use_attention_mask": (False, None)})
-        length, hidden = config["max_position_embeddings"], config["hidden_size"]
-        outputs = [f32("last_hidden_state" if len(names) == 1 else "hidden_states", "batch", length, hidden)]
-        network = "LastHidden" if len(names) == 1 else "Penultimate"
-        if name == "text_encoder_2":
-            outputs.append(f32("text_embeds", "batch", _projection(source)))
-            network = "PenultimateAndPooled"
-        jobs.append(
-            PartJob(
-                part=name,
-                network=f"{NETWORKS}:{network}",
-                folder=name,
-                inputs=(TensorSpec("input_ids", "int64", ("batch", length)),),
-                outputs=tuple(outputs),
-                sizes={"batch": BATCH[:2]},
-                fill={"input_ids": (0, config["vocab_size"])},
-                lora=name,
-            )
+    if len(text_encoders(source)) == 1:
+        return (clip_job(source, "text_encoder", "LastHidden"),)
+    first = clip_job(source, "text_encoder", "Penultimate")
+    return (first, clip_job(source, "text_encoder_2", "PenultimateAndPooled"))
+
+
+def clip_job(source: Source, name: str, network: str) -> PartJob:
+    """One CLIP text encoder: `input_ids` int64 (batch, its number of positions) to what `network` gives.
+
+    Args:
+        source: the model folder.
+        name: the component, which the part is named after.
+        network: in edgekit.export.families.networks: `LastHidden` (`last_hidden_state`), `Penultimate`
+            (`hidden_states`), `PenultimateAndPooled` (also `text_embeds`, projected) or `Pooled` (`pooler_output`).
+
+    Raises:
+        BadSource, UnsupportedModel: another class of encoder, or one that needs an attention mask.
+    """
+    config = component(source, name, TEXT_ENCODERS)
+    refuse(name, config, {"use_attention_mask": (False, None)})
+    length, hidden = config["max_position_embeddings"], config["hidden_size"]
+    outputs: dict[str, tuple[TensorSpec, ...]] = {
+        "LastHidden": (f32("last_hidden_state", "batch", length, hidden),),
+        "Penultimate": (f32("hidden_states", "batch", length, hidden),),
+        "Pooled": (f32("pooler_output", "batch", hidden),),
+    }
+    if network == "PenultimateAndPooled":
+        outputs[network] = (*outputs["Penultimate"], f32("text_embeds", "batch", projection(source, name)))
+    return PartJob(
+        part=name,
+        network=f"{NETWORKS}:{network}",
+        folder=name,
+        inputs=(TensorSpec("input_ids", "int64", ("batch", length)),),
+        outputs=outputs[network],
+        sizes={"batch": BATCH[:2]},
+        fill={"input_ids": (0, config["vocab_size"])},
+        lora=name,
+    )
+
+
+def projection(source: Source, name: str) -> int:
+    """Width of a CLIP text encoder's projected pooled text. Raises BadSource, UnsupportedModel."""
+    return int(component(source, name, ("CLIPTextModelWithProjection",))["projection_dim"])
+
+
+@dataclass(frozen=True)
+class Autoencoder:
+    """What a recipe needs to know of an AutoencoderKL or AutoencoderTiny.
+
+    A denoiser's sample is (z - shift) * scale of the autoencoder's latents z. The two of one model differ in both: a
+    tiny autoencoder is trained on the sample itself, so its scale is 1 and its shift 0 unless its config says otherwise
+    (`latent_magnitude` and `latent_shift` are about storing latents as bytes and touch nothing here).
+    """
+
+    kind: str
+    channels: int
+    factor: int  # picture pixels per latent pixel
+    scale: float
+    shift: float
+
+    @classmethod
+    def of(cls, kind: str, config: dict[str, Any], where: str = "vae") -> Autoencoder:
+        """Read a config. Raises UnsupportedModel: another class, or more than a scale and shift before the denoiser."""
+        if kind not in AUTOENCODERS:
+            raise UnsupportedModel(f"{where} is a {kind}; only {' or '.join(AUTOENCODERS)} is exported")
+        tiny = kind == "AutoencoderTiny"
+        refuse(where, config, {"latents_mean": (None,), "latents_std": (None,), "upsampling_scaling_factor": (2,)})
+        blocks = config["decoder_block_out_channels"] if tiny else config["block_out_channels"]
+        return cls(
+            kind=kind,
+            channels=int(config.get("latent_channels", 4)),
+            factor=int(2 ** (len(blocks) - 1)),
+            scale=float(config.get("scaling_factor", TINY_SCALE if tiny else KL_SCALE)),
+            shift=float(config.get("shift_factor") or 0.0),
         )
-    return tuple(jobs)
+
+    def decode(self, part: str = "vae_decoder") -> Decode:
+        """The recipe's step from sample to picture."""
+        return Decode(part, {"latent_sample": "@latent"}, "sample", scale=self.scale, shift=self.shift)
+
+    def init(self, height: int, width: int) -> Init:
+        """A start from noise, of pictures of `height` by `width` pixels unless asked, or from an encoded picture."""
+        return Init(
+            channels=self.channels,
+            downscale=self.factor,
+            height=height,
+            width=width,
+            encode=Call("vae_encoder", {"sample": "@image"}),
+            scale=self.scale,
+            shift=self.shift,
+        )
+
+    def decoder_job(self, folder: str, part: str = "vae_decoder") -> PartJob:
+        """`latent_sample` (batch, channels, height, width) to `sample`, a picture in [-1, 1], unscaled."""
+        network = "TinyDecoder" if self.kind == "AutoencoderTiny" else "Decoder"
+        latent, image = self._signature()
+        return PartJob(
+            part=part,
+            network=f"{NETWORKS}:{network}",
+            folder=folder,
+            inputs=(latent,),
+            outputs=(image,),
+            sizes=self._sizes(),
+            weights=("decoder.", "post_quant_conv."),
+        )
+
+    def encoder_job(self, folder: str, part: str = "vae_encoder") -> PartJob:
+        """`sample`, a picture in [-1, 1], to `latent_sample`: the distribution's mean, so that it is always alike."""
+        network = "TinyEncoder" if self.kind == "AutoencoderTiny" else "MeanEncoder"
+        latent, image = self._signature()
+        return PartJob(
+            part=part,
+            network=f"{NETWORKS}:{network}",
+            folder=folder,
+            inputs=(image,),
+            outputs=(latent,),
+            sizes=self._sizes(),
+            weights=("encoder.", "quant_conv."),
+        )
+
+    def _signature(self) -> tuple[TensorSpec, TensorSpec]:
+        latent = f32("latent_sample", "batch", self.channels, "height", "width")
+        return latent, f32("sample", "batch", 3, "image_height", "image_width")
+
+    def _sizes(self) -> dict[str, tuple[int, ...]]:
+        small = {"height": HEIGHT[1:], "width": WIDTH[1:]}
+        pixels = {f"image_{axis}": tuple(self.factor * size for size in sizes) for axis, sizes in small.items()}
+        return {"batch": BATCH[:2], **small, **pixels}
+
+
+def autoencoder(source: Source, channels: int | None = None) -> Autoencoder:
+    """The pipeline's `vae`.
+
+    Args:
+        source: the model folder.
+        channels: what the denoiser's sample has, to be held against the autoencoder's; None does not ask.
+
+    Raises:
+        BadSource, UnsupportedModel: none, or one these graphs cannot have.
+    """
+    found = Autoencoder.of(source.class_of("vae") or "", vae_config(source))
+    if channels is not None and found.channels != channels:
+        raise UnsupportedModel(f"the vae has {found.channels} latent channels, the denoiser {channels}")
+    return found
 
 
 def vae_config(source: Source) -> dict[str, Any]:
-    """The autoencoder's config, if only a scale and shift part its latents from the UNet's. Raises UnsupportedModel."""
+    """The autoencoder's config, if only a scale and shift part its latents from the sample. Raises UnsupportedModel."""
     config = component(source, "vae", AUTOENCODERS)
     refuse("vae", config, {"latents_mean": (None,), "latents_std": (None,)})
     return config
@@ -157,51 +217,22 @@ def vae_config(source: Source) -> dict[str, Any]:
 
 def downscale(source: Source) -> int:
     """Picture pixels per latent pixel."""
-    config = vae_config(source)
-    blocks = config.get("block_out_channels") or config["decoder_block_out_channels"]
-    return int(2 ** (len(blocks) - 1))
+    return autoencoder(source).factor
 
 
-def vae_jobs(source: Source) -> tuple[PartJob, PartJob]:
-    """Decoder and encoder, without the scale and shift between the latents and the UNet's: the recipe has those.
-
-    The encoder gives the mean of an AutoencoderKL's distribution, so that a picture is always encoded alike.
+def vae_jobs(source: Source, channels: int | None = None) -> tuple[PartJob, PartJob]:
+    """Decoder and encoder, without the scale and shift between latents and sample: the recipe has those.
 
     Raises:
-        BadSource, UnsupportedModel: a component these graphs cannot have.
+        BadSource, UnsupportedModel: a component these graphs cannot have, or with other channels than `channels`.
     """
-    config, factor = vae_config(source), downscale(source)
-    channels = config["latent_channels"]
-    if channels != unet_config(source)["in_channels"]:
-        raise UnsupportedModel(f"the vae has {channels} latent channels, the unet {unet_config(source)['in_channels']}")
-    latent = f32("latent_sample", "batch", channels, "height", "width")
-    image = f32("sample", "batch", 3, "image_height", "image_width")
-    tiny = source.class_of("vae") == "AutoencoderTiny"
-    small = {"batch": BATCH[:2], "height": HEIGHT[1:], "width": WIDTH[1:]}
-    pixels = {f"image_{axis}": tuple(factor * size for size in small[axis]) for axis in ("height", "width")}
-    return (
-        PartJob(
-            part="vae_decoder",
-            network=f"{NETWORKS}:{'TinyDecoder' if tiny else 'Decoder'}",
-            folder="vae",
-            inputs=(latent,),
-            outputs=(image,),
-            sizes=small | pixels,
-            weights=("decoder.", "post_quant_conv."),
-        ),
-        PartJob(
-            part="vae_encoder",
-            network=f"{NETWORKS}:{'TinyEncoder' if tiny else 'MeanEncoder'}",
-            folder="vae",
-            inputs=(image,),
-            outputs=(latent,),
-            sizes=small | pixels,
-            weights=("encoder.", "quant_conv."),
-        ),
-    )
+    vae = autoencoder(source, channels)
+    return vae.decoder_job("vae"), vae.encoder_job("vae")
 
 
-def _projection(source: Source) -> int:
-    width = component(source, "text_encoder_2", ("CLIPTextModelWithProjection",))["projection_dim"]
-    assert isinstance(width, int)
-    return width
+def sides(sample_size: int | list[int]) -> tuple[int, int]:
+    """Height and width of a config's `sample_size`, a number where they are equal."""
+    if isinstance(sample_size, int):
+        return sample_size, sample_size
+    height, width = sample_size
+    return height, width

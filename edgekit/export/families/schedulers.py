@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
+
 from edgekit.bundle.recipe import Grid, NoiseSchedule, Sampler
 from edgekit.errors import UnsupportedModel
 from edgekit.export.sources import Source
@@ -64,6 +66,36 @@ def lcm_sampler(config: Config, legal_steps: tuple[int, ...], steps: int) -> Sam
         grid=Grid(spacing="lcm", original=int(config.get("original_inference_steps", 50))),
         timestep_scaling=float(config.get("timestep_scaling", 10.0)),
         clip=float(config.get("clip_sample_range", 1.0)) if config.get("clip_sample", False) else None,
+    )
+
+
+def tcd_sampler(config: Config, legal_steps: tuple[int, ...], steps: int, gamma: float) -> Sampler:
+    """TCDScheduler (Zheng et al. 2024): LCM's grid; `gamma`, diffusers' `eta` at run time, is no field of the config.
+
+    Raises:
+        UnsupportedModel: a field we do not model.
+    """
+    base = lcm_sampler(config, legal_steps, steps)  # the same fields, with the same defaults
+    return msgspec.structs.replace(base, kind="tcd", gamma=gamma, timestep_scaling=10.0)
+
+
+def ddim_sampler(config: Config, legal_steps: tuple[int, ...], steps: int) -> Sampler:
+    """DDIMScheduler without noise (Song et al. 2021) on a trailing grid (Lin et al. 2024).
+
+    Raises:
+        UnsupportedModel: a field we do not model.
+    """
+    plain: dict[str, tuple[Any, ...]] = {"prediction_type": PREDICTIONS, "thresholding": (False,)}
+    refuse("scheduler", config, {**plain, "timestep_spacing": ("trailing",)})
+    return Sampler(
+        kind="ddim",
+        steps=steps,
+        legal_steps=legal_steps,
+        prediction=config.get("prediction_type", "epsilon"),
+        noise_schedule=noise_schedule(config, 0.0001, 0.02, "linear"),
+        grid=Grid(spacing="trailing"),
+        clip=float(config.get("clip_sample_range", 1.0)) if config.get("clip_sample", True) else None,
+        final_alpha_one=bool(config.get("set_alpha_to_one", True)),
     )
 
 

@@ -53,6 +53,8 @@ def write_tokenizer(source: Source, asked: PromptTokenizer, target: Path, root: 
         fingerprint=fingerprint(target.read_bytes()),
         length=length,
         pad=pad[1],
+        template=asked.template,
+        lower=asked.lower,
     )
 
 

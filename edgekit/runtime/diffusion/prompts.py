@@ -29,11 +29,13 @@ class Prompts:
             BadManifest: the tokenizer has no fixed length, or cannot be read.
         """
         entry, ids = self._encode(name, texts)
-        return np.where(ids == PADDING, np.int64(entry.pad or 0), ids)
+        filled: npt.NDArray[np.int64] = np.where(ids == PADDING, np.int64(entry.pad or 0), ids)
+        return filled
 
     def masks(self, name: str, texts: Sequence[str]) -> npt.NDArray[np.int64]:
         """1 where `ids` are the text's and 0 where they pad, (texts, length). Raises BadManifest."""
-        return (self._encode(name, texts)[1] != PADDING).astype(np.int64)
+        kept: npt.NDArray[np.int64] = (self._encode(name, texts)[1] != PADDING).astype(np.int64)
+        return kept
 
     def _encode(self, name: str, texts: Sequence[str]) -> tuple[Entry, npt.NDArray[np.int64]]:
         entry = self._entries[name]

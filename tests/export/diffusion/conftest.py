@@ -49,18 +49,22 @@ def exported(folders: dict[str, tuple[Any, Path]], tmp_path_factory: pytest.Temp
 
     def get(name: str) -> Exported:
         if name not in made:
-            pipeline, folder = folders[name]
-            said: list[tuple[str, float]] = []
-            with new_bundle(root / name) as draft:
-                manifest = export_diffusion(
-                    read_source(folder),
-                    draft.root,
-                    options=DiffusionOptions(),
-                    progress=lambda text, part: said.append((text, part)),
-                )
-                provenance = msgspec.structs.replace(manifest.provenance, created="2026-01-01T00:00:00Z")
-                draft.seal(msgspec.structs.replace(manifest, provenance=provenance))
-            made[name] = Exported(name, pipeline, folder, read_bundle(root / name), tuple(said))
+            made[name] = export_folder(name, *folders[name], root / name)
         return made[name]
 
     return get
+
+
+def export_folder(name: str, pipeline: Any, folder: Path, target: Path) -> Exported:
+    """Make a bundle of a saved pipeline."""
+    said: list[tuple[str, float]] = []
+    with new_bundle(target) as draft:
+        manifest = export_diffusion(
+            read_source(folder),
+            draft.root,
+            options=DiffusionOptions(),
+            progress=lambda text, part: said.append((text, part)),
+        )
+        provenance = msgspec.structs.replace(manifest.provenance, created="2026-01-01T00:00:00Z")
+        draft.seal(msgspec.structs.replace(manifest, provenance=provenance))
+    return Exported(name, pipeline, folder, read_bundle(target), tuple(said))

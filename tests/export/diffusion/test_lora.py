@@ -114,6 +114,42 @@ def test_folding_is_what_diffusers_fuses(unet: Any, tmp_path: Path, spelling: st
         torch.testing.assert_close(weight, theirs[name], rtol=1e-5, atol=1e-6, msg=name)
 
 
+def test_names_of_the_first_publication_are_what_diffusers_takes_them_for(tmp_path: Path) -> None:
+    """Every kind of module, by block number as LoRA files for SDXL name it, changes the weights that diffusers changes."""
+    model = tiny.unet(layers_per_block=2)
+    weights = dict(model.named_parameters())
+    modules = {
+        "down_blocks.0.resnets.1.conv1": "input_blocks.2.0.in_layers.2",
+        "down_blocks.0.downsamplers.0.conv": "input_blocks.3.0.op",
+        "down_blocks.1.attentions.0.proj_in": "input_blocks.4.1.proj_in",
+        "down_blocks.1.attentions.1.transformer_blocks.0.attn1.to_q": "input_blocks.5.1.transformer_blocks.0.attn1.to_q",
+        "down_blocks.1.resnets.0.time_emb_proj": "input_blocks.4.0.emb_layers.1",
+        "down_blocks.1.resnets.0.conv_shortcut": "input_blocks.4.0.skip_connection",
+        "mid_block.resnets.0.conv2": "middle_block.0.out_layers.3",
+        "mid_block.attentions.0.transformer_blocks.0.ff.net.2": "middle_block.1.transformer_blocks.0.ff.net.2",
+        "mid_block.resnets.1.conv1": "middle_block.2.in_layers.2",
+        "up_blocks.0.attentions.2.transformer_blocks.0.attn2.to_k": "output_blocks.2.1.transformer_blocks.0.attn2.to_k",
+        "up_blocks.0.upsamplers.0.conv": "output_blocks.2.2.conv",
+        "up_blocks.1.resnets.0.conv2": "output_blocks.3.0.out_layers.3",
+    }
+    keys: Keys = {}
+    for seed, (here, there) in enumerate(modules.items()):
+        down, up = pair(weights[f"{here}.weight"], seed)
+        name = f"lora_unet_{there.replace('.', '_')}"
+        keys |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(ALPHA)}
+    ours = folded(model, "unet", keys, tmp_path / "l.safetensors", 0.7)
+    changed = {name for name, weight in ours.items() if not weight.equal(weights[name])}
+    assert changed == {f"{module}.weight" for module in modules}
+    pipeline = tiny.sd_turbo()
+    pipeline.register_modules(unet=copy.deepcopy(model))
+    understood, alphas = pipeline.lora_state_dict(dict(keys), unet_config=model.config)
+    pipeline.load_lora_into_unet(understood, alphas, pipeline.unet)
+    pipeline.fuse_lora(lora_scale=0.7)
+    pipeline.unload_lora_weights()
+    for name, weight in pipeline.unet.named_parameters():
+        torch.testing.assert_close(ours[name], weight, rtol=1e-5, atol=1e-6, msg=name)
+
+
 def test_alphas_in_the_metadata_count(unet: Any, tmp_path: Path) -> None:
     """peft's adapter config, kept in the file's header, gives alpha where no key does, by pattern if it has one."""
     config = {"unet.lora_alpha": 8, "unet.r": RANK, "unet.alpha_pattern": {"mid_block.attentions.0.proj_in": 1}}

@@ -95,6 +95,25 @@ ONE_LEVEL = {  # half the nodes: for what does not need a downsampling
 }
 
 
+def unet_xl() -> diffusers.UNet2DConditionModel:
+    """One level with SDXL's pooled text and sizes."""
+    return unet(
+        **ONE_LEVEL,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=80,
+        cross_attention_dim=56,
+    )
+
+
+def shake(model: nn.Module) -> None:
+    """Move every weight a little, so that two models of one config differ."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+
+
 def fill_zeros(model: nn.Module) -> None:
     """Give layers that start at zero a value: comparing zeros with zeros proves nothing."""
     for parameter in model.parameters():
@@ -117,14 +136,18 @@ def autoencoder_kl() -> diffusers.AutoencoderKL:
 
 
 def autoencoder_tiny() -> diffusers.AutoencoderTiny:
-    """Two levels of TAESD's blocks."""
+    """Two levels of TAESD's blocks; the last layer is raised, so that pictures are not black."""
     torch.manual_seed(2)
-    return diffusers.AutoencoderTiny(
+    model = diffusers.AutoencoderTiny(
         encoder_block_out_channels=(4, 4),
         decoder_block_out_channels=(4, 4),
         num_encoder_blocks=(1, 1),
         num_decoder_blocks=(1, 1),
-    ).eval()
+    )
+    with torch.no_grad():
+        model.decoder.layers[-1].weight *= 4
+        model.decoder.layers[-1].bias += 0.5
+    return model.eval()
 
 
 def lcm() -> diffusers.LatentConsistencyModelPipeline:
@@ -161,14 +184,7 @@ def sdxl_turbo() -> diffusers.StableDiffusionXLPipeline:
     """SDXL-Turbo: Euler ancestral on a trailing grid, two text encoders, pooled text and sizes."""
     words, more = tokenizer(), tokenizer(pad="!</w>")
     return diffusers.StableDiffusionXLPipeline(
-        unet=unet(
-            **ONE_LEVEL,
-            use_linear_projection=True,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=8,
-            projection_class_embeddings_input_dim=80,
-            cross_attention_dim=56,
-        ),
+        unet=unet_xl(),
         vae=autoencoder_kl(),
         text_encoder=text_encoder(CLIPTextModel, words),
         text_encoder_2=text_encoder(CLIPTextModelWithProjection, more, hidden=24),
