@@ -206,4 +206,4 @@ def test_a_small_decoder_is_a_folder_with_a_config(folder: Path) -> None:
     with pytest.raises(BadRequest, match="AutoencoderTiny"):
         ExportRequest(source=folder / "a", target=folder / "x", tiny_vae=folder)
     with pytest.raises(BadRequest, match="--tiny-vae"):
-        plan(ExportRequest(source=DRAFT, target=folder / "x", tiny_vae=folder / "a"))
+        build.plan(ExportRequest(source=DRAFT, target=folder / "x", tiny_vae=folder / "a"))
