@@ -32,6 +32,7 @@ DIALECTS: dict[str, Dialect] = {"cpu": "ort", "cuda": "ort", "openvino": "ort", 
 NEEDS = {  # kind of source -> the extra, and the modules it brings
     "language": ("export", ("onnx", "onnx_ir", "ml_dtypes")),
     "diffusion": ("torch", ("torch", "diffusers", "transformers", "onnxscript", "onnx_ir")),
+    "ready-made": ("cpu,export", ("onnx", "onnx_ir", "ml_dtypes", "onnxruntime")),
 }
 STAGES = {"reading": (0.0, 0.3), "writing": (0.3, 1.0)}  # of a language export: where each stands on the whole scale
 STAGES_OF_AUTO = {"measuring": (0.0, 0.6), "reading": (0.6, 0.7), "writing": (0.7, 1.0)}
@@ -60,6 +61,7 @@ class ExportRequest:
     family: str | None = None
     task: str | None = None
     loras: tuple[LoraFile, ...] = field(default=())
+    tiny_vae: Path | None = None
     steps: int | None = None
     max_memory: int | None = None
     overwrite: bool = False
@@ -67,6 +69,8 @@ class ExportRequest:
     def __post_init__(self) -> None:
         if self.device not in DIALECTS:
             raise UnknownDevice(f"cannot export for {self.device!r}; known devices: {', '.join(DIALECTS)}")
+        if self.tiny_vae is not None and not (self.tiny_vae / "config.json").is_file():
+            raise BadRequest(f"--tiny-vae {self.tiny_vae}: no config.json there; name an AutoencoderTiny's folder")
         for lora in self.loras:
             if not lora.path.is_file():
                 raise BadRequest(f"--lora {lora.path}: no such file")
@@ -77,6 +81,7 @@ class ExportRequest:
         """Hash of all that decides the bundle's content: source and LoRA bytes, options, edgekit's version."""
         told = (self.device, self.precision, self.family, self.steps, [lora.scale for lora in self.loras])
         parts = [__version__, repr(told), sha256_tree(self.source)]
+        parts += [] if self.tiny_vae is None else [sha256_tree(self.tiny_vae)]
         parts += [hashlib.sha256(lora.path.read_bytes()).hexdigest() for lora in self.loras]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
@@ -89,7 +94,11 @@ def plan(request: ExportRequest) -> ExportPlan:
     """
     source = read_source(request.source)
     _require(source)
-    if source.kind == "language":
+    if source.weights == "onnx":
+        from edgekit.export.onnx_folder.adopt import plan_folder
+
+        planned = plan_folder(source, request, DIALECTS[request.device])
+    elif source.kind == "language":
         _refuse_for_language(request)
         planned = _plan_language(request)
     else:
@@ -175,6 +184,10 @@ def _in_all(report: Report, spans: Mapping[str, tuple[float, float]]) -> Report:
 def _export_parts(request: ExportRequest, staging: Path, report: Report) -> Manifest:
     """Write graphs and tokenizers under `staging`; the manifest comes back without its file rows."""
     source = read_source(request.source)
+    if source.weights == "onnx":
+        from edgekit.export.onnx_folder.adopt import adopt_folder
+
+        return adopt_folder(source, staging, request, DIALECTS[request.device], report)
     if source.kind == "language":
         with memory_cap(request.max_memory):
             return _export_language(request, staging, report)
@@ -215,17 +228,19 @@ def _diffusion_options(request: ExportRequest) -> DiffusionOptions:
         family=request.family,
         loras=tuple(Lora(str(lora.path), lora.scale) for lora in request.loras),
         steps=request.steps,
+        tiny_vae=None if request.tiny_vae is None else str(request.tiny_vae),
         max_memory=request.max_memory,
     )
 
 
 def _require(source: Source) -> None:
     """The packages an export needs are there. Raises MissingPackage with the extra that brings them."""
-    extra, names = NEEDS[source.kind]
+    kind = "ready-made" if source.weights == "onnx" else source.kind
+    extra, names = NEEDS[kind]
     missing = [name for name in names if find_spec(name) is None]
     if missing:
         raise MissingPackage(
-            f"exporting a {source.kind} model needs {', '.join(missing)}; install edgekit[{extra}] on the machine that "
+            f"exporting a {kind} model needs {', '.join(missing)}; install edgekit[{extra}] on the machine that "
             f"exports (the device that runs the bundle needs none of it)"
         )
 
@@ -237,6 +252,8 @@ def _refuse_for_language(request: ExportRequest) -> None:
             f"--precision {AUTO} measures on this machine's CPU, which says nothing of --device {request.device}; name "
             f"one of {', '.join(PRECISIONS)}"
         )
+    if request.tiny_vae is not None:
+        raise BadRequest("--tiny-vae is a few-step generator's option; a language model decodes no latents")
     if request.loras:
         raise BadRequest("--lora folds into image models; merge a language model's adapter with peft before export")
     if request.steps is not None:

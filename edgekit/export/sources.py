@@ -16,11 +16,15 @@ INDEX_LIMIT = 16 * 2**20
 
 @dataclass(frozen=True)
 class Source:
-    """A model folder as `transformers` or `diffusers` saved it; `index` is its config.json or model_index.json."""
+    """A model folder as `transformers` or `diffusers` saved it; `index` is its config.json or model_index.json.
+
+    `weights` says what it holds besides: torch's files, or ready-made ONNX graphs as optimum writes them.
+    """
 
     root: Path
     kind: Literal["language", "diffusion"]
     index: dict[str, Any]
+    weights: Literal["torch", "onnx"] = "torch"
 
     def config(self, component: str, name: str = "config.json") -> dict[str, Any]:
         """The JSON file of one component, e.g. `config("unet")`.
@@ -28,6 +32,8 @@ class Source:
         Raises:
             BadSource: missing or malformed.
         """
+        if component == "vae" and self.weights == "onnx" and not (self.root / component).is_dir():
+            component = "vae_decoder"  # optimum makes two graphs of it, and gives each its config
         return read_json(self.root / component / name)
 
     def class_of(self, component: str) -> str | None:
@@ -46,11 +52,19 @@ def read_source(path: Path) -> Source:
         raise BadSource(f"{path} is not a folder; give the folder that save_pretrained wrote (or a hub snapshot of it)")
     for name, kind in (("model_index.json", "diffusion"), ("config.json", "language")):
         if (path / name).is_file():
-            return Source(path, kind, read_json(path / name))  # type: ignore[arg-type]
+            weights = "onnx" if _is_ready_made(path, kind) else "torch"
+            return Source(path, kind, read_json(path / name), weights)  # type: ignore[arg-type]
     raise BadSource(
         f"{path} has neither model_index.json (a diffusers pipeline) nor config.json (a transformers model); "
         f"give the folder itself, not the one above it"
     )
+
+
+def _is_ready_made(path: Path, kind: str) -> bool:
+    """Whether there are ONNX graphs where torch's weights would be: beside the config, or in component folders."""
+    folders = [path, path / "onnx"] if kind == "language" else [each for each in path.iterdir() if each.is_dir()]
+    stored = [file.suffix for folder in folders if folder.is_dir() for file in folder.iterdir()]
+    return ".onnx" in stored and not {".safetensors", ".bin"} & set(stored)
 
 
 def read_json(path: Path) -> dict[str, Any]:

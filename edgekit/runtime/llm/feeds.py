@@ -1,7 +1,8 @@
 """What a decoder graph is fed besides ids and rows: where its cache ends, and who may see whom. One row per dialect.
 
-Both dialects take additive biases, 0 where a slot is visible and the lowest finite number where it is hidden. A sliding
-window lives in its own bias, by position and not by slot, so that branches and rollbacks are exact.
+`ort` and `std` take additive biases, 0 where a slot is visible and the lowest finite number where it is hidden. A
+sliding window lives in its own bias, by position and not by slot, so that branches and rollbacks are exact. `concat`
+takes a mask with one entry per slot, the same for every new token, so nothing can be hidden from one branch alone.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ class Feeds(Protocol):
 
     arrays: dict[str, Array]  # inputs, changed in place by `place`
     empty_means_causal: bool  # on an empty cache the graph takes its tokens for one chain, whatever the positions say
+    chains_only: bool  # no bias says who sees whom: every token sees all before it
 
     def place(self, total: int, count: int) -> None:
         """The run writes `count` tokens, after which `total` slots are in use."""
@@ -32,6 +34,7 @@ class OrtFeeds:
     """com.microsoft GroupQueryAttention: the bias is as wide as the slots in use."""
 
     empty_means_causal = True
+    chains_only = False
 
     def __init__(self) -> None:
         self._last = np.zeros(1, np.int32)
@@ -52,6 +55,7 @@ class StdFeeds:
     """Opset 24 TensorScatter and Attention: the bias is as wide as the buffer."""
 
     empty_means_causal = False
+    chains_only = False
 
     def __init__(self) -> None:
         self._start = np.zeros(1, np.int64)
@@ -66,7 +70,43 @@ class StdFeeds:
         return capacity
 
 
-DIALECTS: dict[str, type[OrtFeeds] | type[StdFeeds]] = {"ort": OrtFeeds, "std": StdFeeds}
+class ConcatFeeds:
+    """Graphs as exporters of transformers write them: the mask says how many slots there are, and nothing else does."""
+
+    empty_means_causal = True
+    chains_only = True
+
+    def __init__(self) -> None:
+        self.arrays: dict[str, Array] = {}
+
+    def place(self, total: int, count: int) -> None:
+        """Nothing to say: the arrays' own sizes do."""
+
+    def width(self, total: int, capacity: int) -> int:  # noqa: ARG002
+        """The slots in use."""
+        return total
+
+
+DIALECTS: dict[str, type[OrtFeeds] | type[StdFeeds] | type[ConcatFeeds]] = {
+    "ort": OrtFeeds,
+    "std": StdFeeds,
+    "concat": ConcatFeeds,
+}
+
+
+class Mask:
+    """`attention_mask`: int64 ones, (1, width); every slot is a token of the text. Made once, then cut to size."""
+
+    name = "attention_mask"
+
+    def __init__(self) -> None:
+        self._ones: Array = np.ones((1, 0), np.int64)
+
+    def fill(self, base: int, tree: TokenTree, skip: int, width: int) -> Array:  # noqa: ARG002
+        """Ones; the arguments are those of `Bias.fill`."""
+        if self._ones.shape[1] < width:
+            self._ones = np.ones((1, 2 * width), np.int64)
+        return self._ones[:, :width]
 
 
 class Bias:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 
 import numpy as np
@@ -35,18 +35,17 @@ class KVCache:
         """Whether rows can be moved here; where they cannot, the caller recomputes them."""
         return self.binding.live
 
+    def run(self, used: int, feeds: Mapping[str, Array], into: Mapping[str, Array]) -> dict[str, Array]:  # noqa: ARG002
+        """One run behind the first `used` slots; the outputs that are no keys or values. Raises SessionFailed."""
+        return self.binding.run(feeds, into)
+
     def reserve(self, slots: int, used: int) -> None:
         """Make room for `slots` in all, keeping the first `used`.
 
         Raises:
             BadRequest: more than the model's context length.
         """
-        if slots > self._limit:
-            raise BadRequest(f"{slots} tokens do not fit the model's context of {self._limit}; shorten the text")
-        capacity = self.capacity
-        while capacity < slots:
-            capacity += max(FIRST_CAPACITY, capacity // 2 // FIRST_CAPACITY * FIRST_CAPACITY)
-        capacity = min(capacity, self._limit)
+        capacity = larger(self.capacity, slots, self._limit)
         if capacity == self.capacity:
             return
         grown = self._grown(capacity, used)
@@ -68,7 +67,7 @@ class KVCache:
             BadRequest: slots the cache does not have.
         """
         self._check(start, stop)
-        slots = np.empty(self._shape(stop - start), self._layout.dtype)
+        slots = np.empty(snapshot_shape(self._layout, stop - start), self._layout.dtype)
         for place, name in zip(slots, self._names, strict=True):
             place[...] = self.binding.read(f"past.{name}")[0, :, start:stop]
         return slots
@@ -80,10 +79,11 @@ class KVCache:
             BadRequest: slots the cache does not have, or the snapshot of a graph with another layout.
         """
         stop = start + (slots.shape[2] if slots.ndim == 4 else 0)
-        if slots.shape != self._shape(stop - start) or slots.dtype != self._layout.dtype:
+        wanted = snapshot_shape(self._layout, stop - start)
+        if slots.shape != wanted or slots.dtype != self._layout.dtype:
             raise BadRequest(
-                f"{slots.dtype}{slots.shape} is no snapshot of this graph; its are {self._layout.dtype}"
-                f"{self._shape(stop - start)}. Compute the text anew."
+                f"{slots.dtype}{slots.shape} is no snapshot of this graph; its are {self._layout.dtype}{wanted}. "
+                "Compute the text anew."
             )
         self._check(start, stop)
         for name, rows in zip(self._names, slots, strict=True):
@@ -109,9 +109,6 @@ class KVCache:
             _put(grown, f"past.{name}", 0, self.binding.read(f"past.{name}")[:, :, :used])
         return grown
 
-    def _shape(self, slots: int) -> tuple[int, ...]:
-        return (len(self._names), self._layout.heads, slots, self._layout.head_dim)
-
     def _check(self, start: int, stop: int) -> None:
         if not 0 <= start <= stop <= self.capacity:
             raise BadRequest(f"slots {start} to {stop} are not in a cache of {self.capacity}; reserve them first")
@@ -122,6 +119,24 @@ class KVCache:
         for name in self._names:
             binding.share(f"past.{name}", f"present.{name}", shape, self._layout.dtype)
         return binding
+
+
+def larger(capacity: int, slots: int, limit: int) -> int:
+    """The capacity, grown by half as often as it takes to hold `slots`.
+
+    Raises:
+        BadRequest: more than the model's context length.
+    """
+    if slots > limit:
+        raise BadRequest(f"{slots} tokens do not fit the model's context of {limit}; shorten the text")
+    while capacity < slots:
+        capacity += max(FIRST_CAPACITY, capacity // 2 // FIRST_CAPACITY * FIRST_CAPACITY)
+    return min(capacity, limit)
+
+
+def snapshot_shape(layout: KVCacheLayout, slots: int) -> tuple[int, ...]:
+    """(2 * layers, heads, slots, head_dim)."""
+    return (2 * layout.layers, layout.heads, slots, layout.head_dim)
 
 
 def _put(binding: Binding, name: str, start: int, rows: Array) -> None:

@@ -240,7 +240,7 @@ class Speculator:
         self.drafter = Controller(
             drafter,
             self.curve,
-            chains_only=target.exact,
+            chains_only=target.exact or target.verifier.chains_only,
             may_prune=config.acceptance != "rejection",
             fixed=None if config.is_adaptive else config.num_speculative_tokens,
             most=config.num_speculative_tokens,

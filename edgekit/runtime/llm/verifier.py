@@ -20,8 +20,8 @@ import numpy as np
 from edgekit.bundle.manifest import Decoding
 from edgekit.errors import BadManifest, BadRequest
 from edgekit.runtime.backends import Array, Session
-from edgekit.runtime.llm.feeds import DIALECTS, Bias
-from edgekit.runtime.llm.kv import KVCache
+from edgekit.runtime.llm.feeds import DIALECTS, Bias, Mask
+from edgekit.runtime.llm.growing import open_cache
 from edgekit.runtime.llm.tree import TokenTree
 
 if TYPE_CHECKING:
@@ -67,6 +67,9 @@ class LocalVerifier:
         granule: rows of every run are filled up to a multiple of this, but for the last few of the context.
         prefixes: keys and values of earlier texts, to begin from.
 
+    Attributes:
+        chains_only: the graph scores chains and no trees with branches.
+
     Raises:
         BadManifest: a graph whose inputs are not its dialect's.
     """
@@ -86,11 +89,13 @@ class LocalVerifier:
         self.context_length = decoding.context_length
         self.vocab_size = decoding.vocab_size
         self._chunk = chunk
-        self._kv = KVCache(session, decoding.kv, decoding.context_length)
+        self._kv = open_cache(decoding.dialect, session, decoding.kv, decoding.context_length)
         self._feeds = DIALECTS[decoding.dialect]()
+        self.chains_only = self._feeds.chains_only
         names = {spec.name for spec in session.inputs}
         windows = {"attention_bias": None, "attention_bias_sliding": decoding.sliding_window}
-        self._biases = [Bias(name, windows[name], decoding.kv.dtype) for name in windows if name in names]
+        self._biases: list[Bias | Mask] = [Mask()] if Mask.name in names else []
+        self._biases += [Bias(name, windows[name], decoding.kv.dtype) for name in windows if name in names]
         if "attention_bias_sliding" in names and decoding.sliding_window is None:
             raise BadManifest("the decoder has an attention_bias_sliding input and its manifest no sliding_window")
         shared = ("logits", "present.")
@@ -152,12 +157,17 @@ class LocalVerifier:
             tree: its root is `tokens[-1]`.
 
         Raises:
-            BadRequest: no tokens, a root that is not the last of them, an id outside the vocabulary, or more tokens
-                than the context holds.
+            BadRequest: no tokens, a root that is not the last of them, an id outside the vocabulary, more tokens than
+                the context holds, or branches where `chains_only`.
             SessionFailed: the engine failed; the verifier can be used again.
         """
         if not tokens or tree.tokens[0] != tokens[-1]:
             raise BadRequest(f"a tree hangs from the last token of the text; the text ends {tokens[-3:]}, {tree=}")
+        if self.chains_only and not tree.is_chain:
+            raise BadRequest(
+                f"{tree} has branches, and this graph's mask cannot keep them apart (dialect "
+                f"{self._decoding.dialect}): score its spine instead"
+            )
         same = self.recall(tokens)
         lead = tokens[same:-1]
         self._check((*lead, *tree.tokens))
@@ -231,7 +241,7 @@ class LocalVerifier:
         width = self._feeds.width(total, self._kv.capacity)
         for bias in self._biases:
             feeds[bias.name] = bias.fill(base, tree, skip, width)
-        out = self._kv.binding.run(feeds, into)
+        out = self._kv.run(total - count, feeds, into)
         logits: Array = out["logits"][0][:wanted]
         return Scores(logits, {name: out[name][0][:wanted] for name in self.extra} if self.extra else NOTHING)
 

@@ -28,7 +28,7 @@ def logits_after(tokens: Sequence[int], window: int | None = None) -> Array:
 
 
 class FakeLM:
-    """The answer function of a FakeSession, for either dialect, with or without a sliding layer."""
+    """The answer function of a FakeSession, for every dialect, with or without a sliding layer."""
 
     def __init__(self, dialect: str = "ort", window: int | None = None, context: int = 600, dtype: str = "float32"):
         self.dialect, self.window, self.dtype = dialect, window, dtype
@@ -46,9 +46,12 @@ class FakeLM:
         ids = [TensorSpec(name, "int64", (1, "seq")) for name in ("input_ids", "position_ids")]
         if self.dialect == "ort":
             place = [TensorSpec("seqlens_k", "int32", (1,)), TensorSpec("total_sequence_length", "int32", ())]
-        else:
+        elif self.dialect == "std":
             place = [TensorSpec("write_indices", "int64", (1,))]
+        else:
+            place = [TensorSpec("attention_mask", "int64", (1, "total"))]
         names = ["attention_bias"] + (["attention_bias_sliding"] if self.window else [])
+        names = [] if self.dialect == "concat" else names
         biases = [TensorSpec(name, self.dtype, (1, 1, "seq", "total")) for name in names]
         sides = ("key", "value")
         kv = [TensorSpec(f"past.0.{side}", self.dtype, (1, 1, "capacity", 2)) for side in sides]
@@ -61,6 +64,8 @@ class FakeLM:
         return LocalVerifier(self.session(live=live), self.decoding, chunk=chunk)
 
     def answer(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        if self.dialect == "concat":
+            return self._behind(feeds)
         ids, positions = feeds["input_ids"][0], feeds["position_ids"][0]
         keys = feeds["past.0.key"].copy()
         count, capacity = len(ids), keys.shape[2]
@@ -83,6 +88,17 @@ class FakeLM:
                 assert self._text(keys[0, 0], sliding[row], len(text)) == text[-self.window :]
             out.append(logits_after(text, self.window))
         return {"logits": np.stack(out)[None], "present.0.key": keys, "present.0.value": keys}
+
+    def _behind(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """New keys behind the old ones; every row sees all slots up to its own, and the window is the graph's own."""
+        ids, positions, past = feeds["input_ids"][0], feeds["position_ids"][0], feeds["past.0.key"]
+        keys = np.concatenate([past, (np.stack([ids, positions], axis=-1) + 1)[None, None].astype(past.dtype)], axis=2)
+        total, start = keys.shape[2], past.shape[2]
+        np.testing.assert_array_equal(feeds["attention_mask"], np.ones((1, total), np.int64))
+        every = np.ones(total, bool)
+        texts = [self._text(keys[0, 0, : start + row + 1], every[: start + row + 1]) for row in feeds["rows"]]
+        logits = np.stack([logits_after(text, self.window) for text in texts])[None]
+        return {"logits": logits, "present.0.key": keys, "present.0.value": keys}
 
     def _text(self, slots: Array, visible: Array, length: int | None = None) -> list[int]:
         """The visible tokens by position: each position once, without gaps, up to `length`."""

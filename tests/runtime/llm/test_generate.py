@@ -62,7 +62,7 @@ def text(steps: list[Accepted]) -> list[int]:
 
 
 @pytest.mark.parametrize("window", [None, 3])
-@pytest.mark.parametrize("dialect", ["ort", "std"])
+@pytest.mark.parametrize("dialect", ["ort", "std", "concat"])
 def test_greedy_text_is_the_models_own(dialect, window):
     """Without drafts the loop gives the text that the model's definition gives without any of edgekit."""
     steps = run(NoDraft(), Sampling(), FakeLM(dialect, window))

@@ -115,7 +115,7 @@ def test_snapshots_of_another_graph_are_refused(slots):
 
 
 @LIVE
-@pytest.mark.parametrize("dialect", ["ort", "std"])
+@pytest.mark.parametrize("dialect", ["ort", "std", "concat"])
 def test_a_stored_prefix_saves_its_tokens(dialect, live):
     """What one verifier computed another reads back: only the rest is run, and the answer is right."""
     lm = FakeLM(dialect, window=3)

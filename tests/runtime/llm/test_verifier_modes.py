@@ -47,7 +47,7 @@ class HiddenLM(FakeLM):
         return results | {"hidden.0": np.stack([rows, own], axis=-1).astype(np.float32)[None]}
 
 
-@pytest.mark.parametrize("dialect", ["ort", "std"])
+@pytest.mark.parametrize("dialect", ["ort", "std", "concat"])
 @pytest.mark.parametrize("chunk", [2, 3, 512])
 def test_filled_runs_have_no_lone_row(dialect, chunk):
     """Prefill, single steps, chains and the last position but one: every row comes from a run of two or more."""

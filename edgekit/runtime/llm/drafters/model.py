@@ -60,7 +60,7 @@ class ModelDraft:
 
     def propose(self, tokens: tuple[int, ...], ask: Ask) -> TokenTree:
         """The shape asked for, its nodes level by level; less of it where drafting stopped, or the context is full."""
-        wanted = _children(ask.shape)
+        wanted = _children(Shape.chain(ask.shape.depth) if self.verifier.chains_only else ask.shape)
         room = min(ask.room, self.verifier.context_length + 1 - len(tokens))
         tree = _Growing(tokens[-1], Source(self.name))
         if not wanted[0] or room < 1 or max(tokens[self.verifier.shared(tokens) :]) >= self.verifier.vocab_size:
