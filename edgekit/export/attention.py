@@ -2,7 +2,7 @@
 
 ONNX Runtime's `com.microsoft.MultiHeadAttention` never holds the scores (2.4x less memory for a 323 M UNet at 512x512),
 TensorRT wants the standard `Attention` of opset 23. Both take (batch, length, heads * head_dim), as the projections
-leave it. Two ways lead there: the plain attention of diffusers' UNets and autoencoders gets a processor that never makes
+leave it. Two ways lead there: the plain attention of diffusers' UNets and autoencoders gets a processor that makes no
 heads, and any other model (joint attention, QK norm, rotary positions, text encoders) runs its own code, whose call of
 `torch.nn.functional.scaled_dot_product_attention` is caught.
 """
@@ -64,7 +64,7 @@ def attention(
 @attention.register_fake  # type: ignore[untyped-decorator]
 def _(
     query: Tensor,
-    key: Tensor,
+    key: Tensor,  # noqa: ARG001
     value: Tensor,
     heads: int,  # noqa: ARG001
     scale: float,  # noqa: ARG001
@@ -153,6 +153,7 @@ def _as_one_node(
     if query.ndim != 4:
         raise UnsupportedModel(f"attention of {query.ndim} axes; only (batch, heads, length, head_dim) is exported")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # cancels the transpose that made heads
     if mask is not None:
         mask = mask[(None,) * (4 - mask.ndim)]
         if dialect == "ort":
@@ -160,14 +161,11 @@ def _as_one_node(
         if dialect == "ort" and mask.shape[2] == 1:
             query, key = _fold(query, key, mask / scale)
             mask = None
-    if mask is not None:  # both operators want the last two axes whole, and broadcast the first two
-        mask = mask.expand(-1, -1, query.shape[2], key.shape[2])
-
-    def join(x: Tensor) -> Tensor:
-        return x.transpose(1, 2).flatten(2)
-
-    out = torch.ops.edgekit.attention(join(query), join(key), join(value), query.shape[1], scale, mask, causal)
-    return out.unflatten(-1, (query.shape[1], value.shape[3])).transpose(1, 2)
+        else:  # both operators want the last two axes whole, and broadcast the first two
+            mask = mask.expand(-1, -1, query.shape[1], key.shape[1])
+    beside = (x.flatten(2) for x in (query, key, value))
+    out = torch.ops.edgekit.attention(*beside, query.shape[2], scale, mask, causal)
+    return out.unflatten(-1, (query.shape[2], value.shape[3])).transpose(1, 2)
 
 
 def _fold(query: Tensor, key: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -175,8 +173,12 @@ def _fold(query: Tensor, key: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
 
     ONNX Runtime's attention that never holds the scores takes no mask; one over 4096 x 4096 positions of 8 heads of 64
     costs it 7.7 times the time and a gigabyte, the longer heads 1.2 times the time (1.32, one thread).
+
+    Args:
+        query, key: (batch, length, heads, head_dim).
+        bias: (1 or batch, 1 or heads, 1, keys).
     """
-    bias = bias.transpose(2, 3).expand(key.shape[0], key.shape[1], key.shape[2], 1)
+    bias = bias.permute(0, 3, 1, 2).expand(*key.shape[:3], 1)
     return functional.pad(query, (0, FOLD), value=1.0), functional.pad(torch.cat([key, bias], -1), (0, FOLD - 1))
 
 

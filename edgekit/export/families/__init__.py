@@ -34,6 +34,8 @@ FAMILIES = {  # family name -> module in this folder
     "flux": "flux",
     "animatediff": "animatediff",
     "amused": "amused",
+    "sana-sprint": "sana",
+    "zimage": "zimage",
 }
 
 Bounds = tuple[float, float]

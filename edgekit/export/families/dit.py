@@ -1,4 +1,4 @@
-"""What the families of diffusion transformers share: a denoiser's job on latents of whole patches, and flow samplers."""
+"""What the families of diffusion transformers share: a denoiser's job on whole patches, and flow samplers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from edgekit.export.sources import Source
 NETWORKS = "edgekit.export.families.networks_dit"
 PART = "transformer"
 
-# Latent sides of the three probes, all of whole 2 x 2 patches; the first is traced and neither square nor a power of two.
+# Latent sides of the three probes, all of whole 2 x 2 patches; the first is traced and is not square.
 HEIGHT, WIDTH = (6, 8, 4), (10, 8, 12)
 FLOW_STEPS = (1, 2, 3, 4, 5, 6, 7, 8)
 

@@ -86,5 +86,7 @@ class Qwen3(Part):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """(batch, length) ids and mask to (batch, length, width)."""
-        out: Tensor = self.inner(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        first = torch.ones_like(attention_mask[:, :1])  # always the prompt's: no query is left without a key
+        seen = torch.cat([first, attention_mask[:, 1:]], dim=1)
+        out: Tensor = self.inner(input_ids, attention_mask=seen, use_cache=False).last_hidden_state
         return out

@@ -17,7 +17,7 @@ from edgekit.export.families.networks import Part, _from_diffusers
 
 
 @contextlib.contextmanager
-def _plain_repeats() -> Iterator[None]:
+def plain_repeats() -> Iterator[None]:
     """While this lasts, `repeat_interleave` along axis 0 is an expansion.
 
     The exporter's own decomposition expands one axis too few where `output_size` is given, as diffusers does.
@@ -43,7 +43,7 @@ class MotionUNet(Part):
 
     def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
         """Latents (batch, channels, frames, height, width), time (batch,) and text states to the prediction."""
-        with _plain_repeats():
+        with plain_repeats():
             states = encoder_hidden_states.repeat_interleave(sample.shape[2], dim=0)  # every frame reads the same text
             out: Tensor = self.inner(sample, timestep, states, return_dict=False)[0]
         return out

@@ -1,7 +1,7 @@
 """Text encoders besides CLIP as PartJobs: T5, and any that takes ids and their mask.
 
-Their ids have a fixed length, the pipeline's default `max_sequence_length`, because attention to padding is part of what
-the models were trained on.
+Their ids have a fixed length, the pipeline's default `max_sequence_length`, because attention to padding is part of
+what the models were trained on.
 """
 
 from __future__ import annotations

@@ -140,9 +140,7 @@ class Contract:
             raise BadRequest("image and latents both say where to start; give one of them")
         bound = bool(self.main.denoise.carry) or any(isinstance(hook, Retrieve) for hook in self.recipe.hooks)
         if self.optional_picture and bound:
-            raise BadRequest(
-                "this bundle's rows build on those before them, so none can be skipped; drop the image"
-            )
+            raise BadRequest("this bundle's rows build on those before them, so none can be skipped; drop the image")
         if self.optional_picture and not SAMPLERS[self.main.sampler.kind].from_image:
             raise BadRequest(f"sampler {self.main.sampler.kind!r} cannot start from a picture; leave the image out")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,12 +29,12 @@ PROMPT = "a red apple on the grass"
 
 
 @pytest.fixture(scope="module")
-def example(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+def example(tmp_path_factory: pytest.TempPathFactory, shared_root: Path) -> Exported:
     """A tiny aMUSEd and its bundle."""
     root, pipeline = tmp_path_factory.mktemp("amused"), amused()
     pipeline.set_progress_bar_config(disable=True)
     pipeline.save_pretrained(root / "folder")
-    return export_folder("amused", pipeline, root / "folder", root / "bundle")
+    return export_folder("amused", pipeline, root / "folder", shared_root / "amused")
 
 
 @pytest.fixture
@@ -46,11 +47,11 @@ def philox(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         rows[purpose] += 1
         return torch.from_numpy(noise.uniform(shape, rows[purpose], purpose))
 
-    def multinomial(p: torch.Tensor, count: int, generator: Any = None) -> torch.Tensor:  # noqa: ARG001
+    def multinomial(p: torch.Tensor, count: int, generator: Any = None) -> torch.Tensor:
         u = uniform((p.shape[0] // SIDE**2, SIDE**2, p.shape[1]), Purpose.TOKEN).reshape(p.shape)
         return (p / -torch.log(u)).argmax(-1, keepdim=True)
 
-    def gumbel(t: torch.Tensor, generator: Any = None) -> torch.Tensor:  # noqa: ARG001
+    def gumbel(t: torch.Tensor, generator: Any = None) -> torch.Tensor:
         u = uniform(tuple(t.shape), Purpose.GUMBEL)
         return (-torch.log(-torch.log(u))).float()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -29,7 +30,7 @@ CONTROLLED = ("control-sd", "control-sdxl")
 
 
 @pytest.fixture(scope="module")
-def conditioned(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported]:
+def conditioned(tmp_path_factory: pytest.TempPathFactory, shared_root: Path) -> Callable[[str], Exported]:
     """`conditioned(name)`: one pipeline of tiny_conditioned and its bundle, made once."""
     kept: dict[str, Exported] = {}
 
@@ -40,7 +41,7 @@ def conditioned(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exp
             pipeline.save_pretrained(root / "folder")
             if name in tiny.WITH_TINY:
                 tiny.small_decoder(root / "folder" / "vae_tiny")
-            kept[name] = export_folder(name, pipeline, root / "folder", root / "bundle")
+            kept[name] = export_folder(name, pipeline, root / "folder", shared_root / name)
         return kept[name]
 
     return get

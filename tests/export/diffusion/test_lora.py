@@ -115,14 +115,16 @@ def test_folding_is_what_diffusers_fuses(unet: Any, tmp_path: Path, spelling: st
 
 
 def test_names_of_the_first_publication_are_what_diffusers_takes_them_for(tmp_path: Path) -> None:
-    """Every kind of module, by block number as LoRA files for SDXL name it, changes the weights that diffusers changes."""
+    """Every kind of module, by block number as SDXL's LoRA files have it, changes what diffusers changes."""
     model = tiny.unet(layers_per_block=2)
     weights = dict(model.named_parameters())
     modules = {
         "down_blocks.0.resnets.1.conv1": "input_blocks.2.0.in_layers.2",
         "down_blocks.0.downsamplers.0.conv": "input_blocks.3.0.op",
         "down_blocks.1.attentions.0.proj_in": "input_blocks.4.1.proj_in",
-        "down_blocks.1.attentions.1.transformer_blocks.0.attn1.to_q": "input_blocks.5.1.transformer_blocks.0.attn1.to_q",
+        "down_blocks.1.attentions.1.transformer_blocks.0.attn1.to_q": (
+            "input_blocks.5.1.transformer_blocks.0.attn1.to_q"
+        ),
         "down_blocks.1.resnets.0.time_emb_proj": "input_blocks.4.0.emb_layers.1",
         "down_blocks.1.resnets.0.conv_shortcut": "input_blocks.4.0.skip_connection",
         "mid_block.resnets.0.conv2": "middle_block.0.out_layers.3",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import diffusers
@@ -32,7 +33,7 @@ class Case(NamedTuple):
     scheduler: Callable[[], Any]
     steps: tuple[int, ...]
     guidance: float = 0.0  # 0: none
-    call: dict[str, Any] = {}  # arguments diffusers needs and a recipe says
+    call: Mapping[str, Any] = MappingProxyType({})  # arguments diffusers needs and a recipe says
     named: bool = False  # found by --family alone
 
 
