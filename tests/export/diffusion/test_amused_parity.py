@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,12 +28,12 @@ PROMPT = "a red apple on the grass"
 
 
 @pytest.fixture(scope="module")
-def example(tmp_path_factory: pytest.TempPathFactory, shared_root: Path) -> Exported:
+def example(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """A tiny aMUSEd and its bundle."""
     root, pipeline = tmp_path_factory.mktemp("amused"), amused()
     pipeline.set_progress_bar_config(disable=True)
     pipeline.save_pretrained(root / "folder")
-    return export_folder("amused", pipeline, root / "folder", shared_root / "amused")
+    return export_folder("amused", pipeline, root / "folder", root / "bundle")
 
 
 @pytest.fixture

@@ -68,13 +68,14 @@ def attend(*tensors: Tensor, **options: Any) -> Tensor:
 
 
 SEEN = torch.arange(KEYS)[None] < torch.tensor([[KEYS], [2]])  # (batch, keys): one prompt is whole, one has two ids
+POSITIONS = random(HEADS, LENGTH, KEYS)
 EVERY = {
     "no mask": lambda q, k, v, seen: attend(q, k, v),
     "another scale": lambda q, k, v, seen: attend(q, k, v, scale=1.0),
     "keys that are padding": lambda q, k, v, seen: attend(q, k, v, attn_mask=seen[:, None, None]),
     "a bias per key": lambda q, k, v, seen: attend(q, k, v, attn_mask=(seen * 1.5)[:, None, None]),
     "a bias per head and key": lambda q, k, v, seen: attend(q, k, v, attn_mask=(k + v).mean(-1)[:, :, None]),
-    "positions for all pictures": lambda q, k, v, seen: attend(q, k, v, attn_mask=random(HEADS, LENGTH, KEYS)),
+    "positions for all pictures": lambda q, k, v, seen: attend(q, k, v, attn_mask=POSITIONS),
     "a forbidden triangle": lambda q, k, v, seen: attend(
         q, k, v, attn_mask=torch.ones(LENGTH, KEYS, dtype=torch.bool).tril()
     ),

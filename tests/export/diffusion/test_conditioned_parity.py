@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -30,7 +29,7 @@ CONTROLLED = ("control-sd", "control-sdxl")
 
 
 @pytest.fixture(scope="module")
-def conditioned(tmp_path_factory: pytest.TempPathFactory, shared_root: Path) -> Callable[[str], Exported]:
+def conditioned(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported]:
     """`conditioned(name)`: one pipeline of tiny_conditioned and its bundle, made once."""
     kept: dict[str, Exported] = {}
 
@@ -41,7 +40,7 @@ def conditioned(tmp_path_factory: pytest.TempPathFactory, shared_root: Path) -> 
             pipeline.save_pretrained(root / "folder")
             if name in tiny.WITH_TINY:
                 tiny.small_decoder(root / "folder" / "vae_tiny")
-            kept[name] = export_folder(name, pipeline, root / "folder", shared_root / name)
+            kept[name] = export_folder(name, pipeline, root / "folder", root / "bundle")
         return kept[name]
 
     return get

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,7 +30,7 @@ pytestmark = FOREIGN
 
 
 @pytest.fixture(scope="session")
-def drawn(tmp_path_factory: pytest.TempPathFactory, shared_root: Path) -> Callable[[str], Exported]:
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported]:
     """`drawn(name)`: a tiny pipeline and the bundle of it, made once."""
     root, made = tmp_path_factory.mktemp("dits"), {}
 
@@ -40,7 +39,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory, shared_root: Path) -> Callab
             pipeline = DITS[name]()
             pipeline.set_progress_bar_config(disable=True)
             pipeline.save_pretrained(root / name)
-            made[name] = export_folder(name, pipeline, root / name, shared_root / name)
+            made[name] = export_folder(name, pipeline, root / name, root / f"{name}.bundle")
         return made[name]
 
     return get

@@ -34,12 +34,12 @@ LATENT_LIMIT = 1e-5  # of max|x|
 
 
 @pytest.fixture(scope="module")
-def example(tmp_path_factory: pytest.TempPathFactory, shared_root: Path) -> Exported:
+def example(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """A tiny AnimateLCM and its bundle."""
     root, pipeline = tmp_path_factory.mktemp("animatelcm"), animatelcm()
     pipeline.set_progress_bar_config(disable=True)
     pipeline.save_pretrained(root / "folder")
-    return export_folder("animatelcm", pipeline, root / "folder", shared_root / "animatelcm")
+    return export_folder("animatelcm", pipeline, root / "folder", root / "bundle")
 
 
 def frames_of(videos: Any) -> np.ndarray:
