@@ -20,13 +20,15 @@ ALWAYS = {
     "@const",
     "@input",
     "@image",
+    "@original",
     "@control",
     "@control_scale",
     "@inpaint_mask",
     "@masked_image",
 }
 GIVEN = {
-    "conditions": ALWAYS,
+    "conditions": ALWAYS | {"@random"},
+    "select": ALWAYS,
     "encode": ALWAYS | {"@previous"},
     "denoise": ALWAYS
     | {
@@ -173,7 +175,7 @@ def _runs(manifest: Manifest) -> Iterator[_Run]:
     for number, call in enumerate(recipe.conditions):
         yield _Run(f"recipe.conditions[{number}]", "conditions", call.part, call.feeds, gives=True)
     if recipe.select is not None:
-        yield _Run("recipe.select", "conditions", recipe.select.part, recipe.select.feeds, recipe.select.output)
+        yield _Run("recipe.select", "select", recipe.select.part, recipe.select.feeds, recipe.select.output)
     for stage in recipe.stages:
         yield from _runs_of(stage)
     for number, hook in enumerate(recipe.hooks):

@@ -17,9 +17,10 @@ A *source* says where a graph input comes from; the batch is always on axis 0:
     @size            (height, width) of the picture in pixels; @aspect: height / width, float32 (batch, 2), (batch, 1)
     @seconds         seconds of sound asked for, float32 (batch,)
     @const.name      a row of the recipe's constants, float32 (batch, length of it)
-    @random.name     unit noise, drawn anew for every row, of the shape the graph declares
+    @random.name     unit noise, drawn anew for every row, or once for a condition, of the shape the graph declares
     @input.name      an array the caller gives by name, (batch, ...)
     @latent          the finished sample of this stage; @image the picture given by the user, float32 in [-1, 1]
+    @original        the same at the size it was given in, (1, 3, height, width): for networks that look at it whole
     @start           what the sample started from: the encoded picture, before noise
     @previous        the picture the stage before left, float32 (batch, 3, height, width) in [-1, 1]
     @control         the control picture, float32 (batch, 3, height, width) in [0, 1]; @control_scale float32 (batch,)
@@ -209,7 +210,8 @@ class Decode(Value, frozen=True):
     """From sample to picture or sound: `part(sample / scale + shift)`.
 
     `mean` and `std`, one per channel, replace scale and shift where they differ: sample * std + mean. With `per_frame`
-    frames are folded into the batch, axis `frames` of Init.shape, and unfolded after. `preview` names a second, small
+    frames are folded into the batch, axis `frames` of Init.shape, and unfolded after. `chunk` frames go through the
+    decoder at a time, 0 for all; one that smooths over time does so within a chunk. `preview` names a second, small
     decoder of the same latent space, which `tiny` decoding and previews use.
     """
 
@@ -221,6 +223,7 @@ class Decode(Value, frozen=True):
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     per_frame: bool = False
+    chunk: Annotated[int, msgspec.Meta(ge=0, le=4096)] = 0
     tiles: Tiles | None = None
     preview: Decode | None = None
 

@@ -33,9 +33,11 @@ FAMILIES = {  # family name -> module in this folder
     "sd3": "sd3",
     "flux": "flux",
     "animatediff": "animatediff",
+    "svd": "svd",
     "amused": "amused",
     "sana-sprint": "sana",
     "zimage": "zimage",
+    "audioldm": "audioldm",
 }
 
 Bounds = tuple[float, float]
@@ -48,7 +50,8 @@ class PartJob(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     size per probe: all probes are compared after the export, the first is also the example that is traced. Inputs are
     filled with unit normals; those in `fill` with uniform numbers (integers below the upper bound) instead. `weights`
     are the key prefixes in the component's safetensors that this part uses, empty for all; `lora` is the component's
-    name in LoRA files. `most` is the largest size of axes that have one (positions over time).
+    name in LoRA files. `most` is the largest size of axes that have one (positions over time). `beside` are folders of
+    components that are loaded into the same graph.
     """
 
     part: Name
@@ -61,6 +64,7 @@ class PartJob(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     weights: tuple[str, ...] = ()
     lora: str | None = None
     most: dict[str, int] = {}
+    beside: tuple[str, ...] = ()
 
     def shape(self, spec: TensorSpec, probe: int) -> tuple[int, ...]:
         """The sizes of a tensor in one probe."""

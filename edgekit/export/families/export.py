@@ -68,7 +68,7 @@ def plan_diffusion(source: Source, options: DiffusionOptions) -> ExportPlan:
         PartPlan(job.part, job.inputs, job.outputs, FLOAT_BYTES * counts[job.part], counts[job.part]) for job in jobs
     )
     peak = max(_peak(source, group) for group in _groups(source, jobs))
-    notes = [f"{name} is not part of the contract and is left out" for name in _left_out(source)]
+    notes = [f"{name} is not part of the contract and is left out" for name in _left_out(source, jobs)]
     if options.max_memory is not None and peak > options.max_memory:
         notes.append(f"--max-memory is {options.max_memory:,} bytes, below the estimated peak of {peak:,}")
     return ExportPlan(
@@ -116,7 +116,7 @@ def export_diffusion(source: Source, staging: Path, *, options: DiffusionOptions
         recipe=recipe,
         tables=_tables(recipe),
         axes={axis: AxisRange(max=most) for job in jobs for axis, most in job.most.items()},
-        notes=_notes(source, options),
+        notes=_notes(source, jobs, options),
     )
 
 
@@ -147,12 +147,14 @@ def _with_steps(recipe: Recipe, steps: int) -> Recipe:
 
 
 def _parameters(source: Source, job: PartJob) -> int:
-    return stored.parameters(source.root / job.folder, job.weights) if job.folder else 0
+    own = stored.parameters(source.root / job.folder, job.weights) if job.folder else 0
+    return own + sum(stored.parameters(source.root / each, ()) for each in job.beside)
 
 
 def _loaded_bytes(source: Source, job: PartJob) -> int:
-    """Bytes torch loads for a part: its whole component."""
-    return FLOAT_BYTES * stored.parameters(source.root / job.folder, ()) if job.folder else 0
+    """Bytes torch loads for a part: its whole component, and those beside it."""
+    folders = (*([job.folder] if job.folder else []), *job.beside)
+    return FLOAT_BYTES * sum(stored.parameters(source.root / each, ()) for each in folders)
 
 
 def _groups(source: Source, jobs: tuple[PartJob, ...]) -> Iterator[tuple[PartJob, ...]]:
@@ -252,15 +254,17 @@ def _tables(recipe: Recipe) -> tuple[Table, ...]:
     return compile_tables(recipe)
 
 
-def _left_out(source: Source) -> tuple[str, ...]:
+def _left_out(source: Source, jobs: tuple[PartJob, ...]) -> tuple[str, ...]:
     """Components of the pipeline that no graph is made of (the safety checker, an image encoder)."""
-    extras = ("safety_checker", "image_encoder", "feature_extractor")
+    sees = any(job.folder == "image_encoder" for job in jobs)  # its graph does what the feature extractor says
+    extras = ("safety_checker", *(() if sees else ("image_encoder", "feature_extractor")))
     return tuple(name for name in extras if source.class_of(name))
 
 
-def _notes(source: Source, options: DiffusionOptions) -> dict[str, str]:
+def _notes(source: Source, jobs: tuple[PartJob, ...], options: DiffusionOptions) -> dict[str, str]:
     """What the folder has and the bundle has not, and the other way round."""
-    notes = {"left_out": ", ".join(_left_out(source))} if _left_out(source) else {}
+    left_out = _left_out(source, jobs)
+    notes = {"left_out": ", ".join(left_out)} if left_out else {}
     if options.tiny_vae is not None:
         folder = Path(options.tiny_vae)
         notes["tiny_vae"] = f"{folder.resolve().name} sha256:{sha256_tree(folder)}"

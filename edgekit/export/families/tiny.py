@@ -19,6 +19,7 @@ from edgekit.export.sources import Source, read_json
 
 FOLDERS = ("vae_tiny", "tiny_vae", "taesd")  # looked for in the model folder, in this order
 PART = "tiny_decoder"
+PICTURE_CHANNELS = 3
 
 
 def tiny_folder(source: Source) -> Path | None:
@@ -67,7 +68,8 @@ def _read(folder: Path) -> Autoencoder:
 def _check_fit(folder: Path, tiny: Autoencoder, large: PartJob) -> None:
     """Both take the same sample and give pictures of the same size."""
     latent, picture = large.inputs[0], large.outputs[0]
-    if len(large.inputs) != 1 or len(latent.shape) != 4 or len(picture.shape) != 4:
+    pictures = len(latent.shape) == len(picture.shape) == 4 and picture.shape[1] == PICTURE_CHANNELS
+    if len(large.inputs) != 1 or not pictures:
         raise UnsupportedModel(f"{large.part} does not decode single pictures from latents, as a small decoder does")
     factor = large.shape(picture, 0)[2] // large.shape(latent, 0)[2]
     if (tiny.channels, tiny.factor) != (latent.shape[1], factor):

@@ -64,7 +64,9 @@ class Session(Protocol):
         """A fresh set of bound buffers."""
 
 
-def open_session(graph: Path, device: str = "cpu", *, threads: int = 0, spinning: bool = True) -> Session:
+def open_session(
+    graph: Path, device: str = "cpu", *, threads: int = 0, spinning: bool = True, planned: bool = True
+) -> Session:
     """Load one graph.
 
     Args:
@@ -72,6 +74,7 @@ def open_session(graph: Path, device: str = "cpu", *, threads: int = 0, spinning
         device: a name in BACKENDS, with an optional index (`cuda:1`).
         threads: of the inference engine; 0 leaves the choice to it.
         spinning: let waiting threads stay awake; off for a session that takes turns with one that does so.
+        planned: lay activations out ahead for shapes seen before; off where they are large and memory counts.
 
     Raises:
         UnknownDevice: no backend of this name.
@@ -82,5 +85,5 @@ def open_session(graph: Path, device: str = "cpu", *, threads: int = 0, spinning
     if name not in BACKENDS:
         raise UnknownDevice(f"no backend for {device!r}; known devices: {', '.join(BACKENDS)}")
     module = import_module(f"{__name__}.{BACKENDS[name]}")
-    session: Session = module.open_session(graph, device, threads=threads, spinning=spinning)
+    session: Session = module.open_session(graph, device, threads=threads, spinning=spinning, planned=planned)
     return session

@@ -35,7 +35,9 @@ DTYPES: dict[str, DType] = {
 }
 
 
-def open_session(graph: Path, device: str = "cpu", *, threads: int = 0, spinning: bool = True) -> OrtSession:
+def open_session(
+    graph: Path, device: str = "cpu", *, threads: int = 0, spinning: bool = True, planned: bool = True
+) -> OrtSession:
     """Load one graph with ONNX Runtime.
 
     Args:
@@ -45,6 +47,8 @@ def open_session(graph: Path, device: str = "cpu", *, threads: int = 0, spinning
         spinning: worker threads wait for the next operator awake. Of a target and a draft that take turns on the same
             cores one may do so: if both do, they fight, and a cycle takes twice as long. The target's do, so that
             ordinary decoding is as fast as without a draft; the draft's sleep (benchmarks/threads.py).
+        planned: the second run of a shape lays its activations out as one block, and what the first took stays taken.
+            Off where activations are large: a third less memory, the same CPU time (benchmarks/memory.py).
 
     Raises:
         UnknownDevice: neither `cpu` nor `cuda[:N]`.
@@ -56,6 +60,7 @@ def open_session(graph: Path, device: str = "cpu", *, threads: int = 0, spinning
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
+    options.enable_mem_pattern = planned
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
     providers: list[Any] = [(PROVIDER_OF["cuda"], {"device_id": index})] if kind == "cuda" else []
     providers.append(PROVIDER_OF["cpu"])

@@ -119,7 +119,7 @@ class Contract:
     @property
     def needs_picture(self) -> bool:
         """Whether nothing can be drawn without a picture."""
-        return bool({"@image", "@masked_image"} & set(self.sources())) or (
+        return bool({"@image", "@original", "@masked_image"} & set(self.sources())) or (
             self.main.init.kind in PICTURE_STARTS and self.main.init.mean is None
         )
 
@@ -153,11 +153,11 @@ class Contract:
             raise BadRequest(
                 "this bundle cannot paint inside a mask: it has no encoder for pictures; leave the mask out"
             )
-        if (request.control is None) == ("@control" in fed):
-            wrong = (
-                "needs a control picture; give one" if request.control is None else "takes no control picture; drop it"
-            )
-            raise BadRequest(f"this bundle {wrong} (control)")
+        if request.control is None and "@control" in fed and request.control_scale != 0:
+            without = ", or say control_scale 0 to draw without" if "@control_scale" in fed else ""
+            raise BadRequest(f"this bundle needs a control picture; give one (control){without}")
+        if request.control is not None and "@control" not in fed:
+            raise BadRequest("this bundle takes no control picture; drop it (control)")
         if request.control_scale is not None and "@control_scale" not in fed:
             raise BadRequest("this bundle takes no control picture, so control_scale cannot act; drop it")
         missing, extra = set(self.inputs) - set(request.inputs), set(request.inputs) - set(self.inputs)
@@ -173,6 +173,8 @@ class Contract:
             raise BadRequest("this bundle has no small decoder; leave `tiny` out")
         if request.tile is not None and not any(stage.decode for stage in self.recipe.stages):
             raise BadRequest("this bundle decodes nothing, so there is nothing to tile; leave `tile` out")
+        if request.tile is not None and self.recipe.media.kind == "audio":
+            raise BadRequest("this bundle makes sound, which is not drawn in tiles; leave `tile` out")
 
     def _small_decoder(self) -> Decode | None:
         decoders = [stage.decode for stage in self.recipe.stages if stage.decode is not None]
@@ -209,7 +211,7 @@ class Contract:
 
     def _control_scale(self, request: DrawRequest) -> float | None:
         if request.control is None:
-            return None
+            return request.control_scale
         return 1.0 if request.control_scale is None else request.control_scale
 
     def _steps(self, request: DrawRequest) -> int:
@@ -252,7 +254,8 @@ class Contract:
             if request.width is not None or request.height is not None:
                 raise BadRequest("this bundle draws no picture; leave width and height out")
             return own["width"], own["height"]
-        if request.image is not None and not init.fixed_size:  # a given picture keeps its size, cut to whole units
+        keeps = not init.fixed_size and "frames" not in init.shape  # a video is drawn at the size it was trained at
+        if request.image is not None and keeps:  # a given picture keeps its size, cut to whole units
             own = {"width": request.image.width, "height": request.image.height}
             own = {name: max(side * self.enlarge // unit * unit, unit) for name, side in own.items()}
         size = []

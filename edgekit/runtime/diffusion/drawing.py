@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterator
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ F32 = npt.NDArray[np.float32]
 
 STAGE_DRAWS = 1 << 16  # draws set aside for each stage, so that two stages never share noise
 RANDOM_DRAWS = 1 << 24  # where the draws of @random sources begin
+CONDITION_DRAWS = 1 << 31  # and those of the ones that conditions are fed
 
 
 class Drawing:
@@ -96,8 +98,10 @@ class Drawing:
         sources, used = self._sources, self._used
         texts = (used.negative, used.prompt) if self._guided else (used.prompt,)
         self._put_texts(texts)
+        draws = count(CONDITION_DRAWS)
         for call in self._contract.recipe.conditions:
             self._networks.phase([call.part])
+            self._put_random(call, draws)
             once(call, sources, self._networks, self._meter)
             if self._guided and self._contract.guide.guidance.zero_empty and not used.negative:
                 sources.zero_line(call.part, 0)
@@ -111,6 +115,15 @@ class Drawing:
                 self._sources.put(f"@tokens{spelling}", LINE, self._prompts.ids(name, texts))
                 if f"@mask{spelling}" in fed:
                     self._sources.put(f"@mask{spelling}", LINE, self._prompts.masks(name, texts))
+
+    def _put_random(self, call: Call, draws: Iterator[int]) -> None:
+        """A condition's noise, each picture's own; where else a condition is fed one for all, it then runs for each."""
+        is_random = {name: source.startswith("@random.") for name, source in call.feeds.items()}
+        fed = {name: self._sources.value(source) for name, source in call.feeds.items() if not is_random[name]}
+        for name, source in call.feeds.items():
+            if is_random[name]:
+                _, *shape = self._networks.shape_like(call.part, name, fed)
+                self._sources.put(source, IMAGE, self._noise.normal((self._used.batch, *shape), next(draws)))
 
     def _select(self) -> None:
         """A policy's step count for this prompt, where the recipe has one and the request leaves it open."""
@@ -261,14 +274,23 @@ class Drawing:
         if decode is None:
             return x
         self._networks.phase([decode.part])
-        tile = self._used.tile
-        if tile is None and x.ndim == 4:
+        if self._contract.recipe.media.kind == "audio":  # a spectrogram is no picture, and is not counted in pixels
+            return decoded(stage, decode, x, self._sources, self._networks, self._meter)
+        tile, at_once, axis = self._used.tile, None, frames_axis(stage)
+        if x.ndim == 4 or (axis is not None and x.ndim == 5):
             height, width = (side * stage.init.downscale for side in x.shape[-2:])
-            tile = self._networks.decoder_tile(decode.part, (height, width))
+            if tile is None:
+                tile = self._networks.decoder_tile(decode.part, (height, width))
+            if axis is not None and (decode.per_frame or decode.chunk):
+                sides = (min(height, tile or height), min(width, tile or width))
+                frames = decode.chunk or x.shape[axis]
+                at_once = self._networks.decoder_frames(decode.part, sides, frames, len(x))
         tile = tile // stage.init.downscale if tile is not None else None
-        return decoded(stage, decode, x, self._sources, self._networks, self._meter, tile)
+        return decoded(stage, decode, x, self._sources, self._networks, self._meter, tile, at_once)
 
     def _previewer(self, stage: Stage) -> Callable[[Array], Array]:
+        if self._contract.recipe.media.kind == "audio":  # nothing to look at, even where a spectrogram is decoded
+            return lambda _: np.zeros(0)
         return lambda x: decoded(stage, small_decoder(stage.decode), x, self._sources, self._networks, self._meter)
 
     def _accepted(self, stage: Stage) -> bool:
@@ -299,7 +321,7 @@ class Drawing:
             "sampler": self._contract.main.sampler.kind,
         }
         arrays = {"given_latents": self._request.latents}
-        for name in ("@image", "@inpaint_mask", "@control"):
+        for name in ("@image", "@original", "@inpaint_mask", "@control"):
             if name in self._sources:
                 arrays[f"given_{name[1:]}"] = self._sources.value(name)
         arrays |= {f"given_{name}": value for name, value in self._request.inputs.items()}

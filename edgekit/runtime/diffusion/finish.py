@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +37,7 @@ def decoded(
     networks: Networks,
     meter: Meter,
     tile: int | None = None,
+    at_once: int | None = None,
 ) -> Array:
     """A sample through a decoder, (batch, ...); as it is where there is none.
 
@@ -47,31 +48,42 @@ def decoded(
         sources: what else the decoder may be fed.
         networks, meter: where it runs.
         tile: side of a tile in latent pixels, None for what the decoder's own `tiles` say.
+        at_once: frames that go through a video's decoder at a time, None for what its `chunk` says.
 
     Raises:
         SessionFailed, BadRequest, BadManifest: as of any part.
     """
     if decode is None:
         return x
-    latent, axis = _unscaled(decode, x), frames_axis(stage) if decode.per_frame else None
-    if decode.per_frame and axis is None:
-        raise BadManifest(f"stage {stage.name!r} decodes per frame and its sample has no frames")
-    if axis is not None:
-        latent = np.moveaxis(latent, axis, 1)
-        count = latent.shape[1]
-        latent = latent.reshape(-1, *latent.shape[2:])
+    latent, axis = _unscaled(decode, x), frames_axis(stage)
+    if axis is None and (decode.per_frame or decode.chunk):
+        raise BadManifest(f"stage {stage.name!r} decodes frame by frame or in chunks and its sample has no frames")
+    tiles = _tiles(decode, tile)
     feeds = {name: sources.images(source) for name, source in decode.feeds.items() if source != "@latent"}
 
     def run(piece: F32) -> Array:
         values = {**feeds, **{name: piece for name, source in decode.feeds.items() if source == "@latent"}}
         return networks.run(decode.part, values, meter)[decode.output]
 
-    tiles = _tiles(decode, tile)
-    if tiles is not None and needed(latent, tiles):
-        out: Array = tiled(latent, tiles, lambda box: run(_cut(latent, box)))
-    else:
-        out = run(latent)
-    return out if axis is None else out.reshape(-1, count, *out.shape[1:])
+    def draw(piece: F32) -> Array:
+        if tiles is not None and needed(piece, tiles, video=axis is not None):
+            return tiled(piece, tiles, lambda box: run(_cut(piece, box)))
+        return run(piece)
+
+    if axis is None:
+        return draw(latent)
+    if decode.per_frame:
+        latent, axis = np.moveaxis(latent, axis, 1), 1
+    count = latent.shape[axis]
+    step = at_once or decode.chunk or count
+    pieces = np.split(latent, range(step, count, step), axis)
+    return np.concatenate([_by_frame(piece, draw) if decode.per_frame else draw(piece) for piece in pieces], axis=1)
+
+
+def _by_frame(piece: F32, draw: Callable[[F32], Array]) -> Array:
+    """(batch, frames, ...) through a decoder of pictures."""
+    out = draw(piece.reshape(-1, *piece.shape[2:]))
+    return out.reshape(-1, piece.shape[1], *out.shape[1:])
 
 
 def _tiles(decode: Decode, tile: int | None) -> Tiles | None:

@@ -40,12 +40,17 @@ def put_given(sources: Sources, contract: Contract, request: DrawRequest, used: 
         sources.put(f"@input.{name}", IMAGE, array)
     if used.seconds is not None:
         sources.put("@seconds", IMAGE, np.array([used.seconds], np.float32))
-    if request.control is not None:
-        sources.put("@control", IMAGE, from_image(request.control, (width, height)) * np.float32(0.5) + np.float32(0.5))
+    if used.control_scale is not None:
+        picture = np.zeros((1, 3, height, width), np.float32)  # of which nothing is followed, at scale 0
+        if request.control is not None:
+            picture = from_image(request.control, (width, height)) * np.float32(0.5) + np.float32(0.5)
+        sources.put("@control", IMAGE, picture)
         sources.put("@control_scale", IMAGE, np.array([used.control_scale], np.float32))
     if request.image is not None:
         picture = from_image(request.image, (width, height))
         sources.put("@image", IMAGE, picture)
+        if "@original" in set(contract.sources()):
+            sources.put("@original", IMAGE, from_image(request.image))
         if request.mask is not None:
             _put_mask(sources, contract, request.image, request.mask, picture)
 

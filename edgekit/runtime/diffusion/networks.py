@@ -21,7 +21,7 @@ OpenSession = Callable[..., Session]
 
 SMALLEST_TILE = 128  # pixels
 SMALL_DECODER = 10_000_000  # parameters; AutoencoderTiny has 1.2 M, AutoencoderKL's decoder 49 M
-BYTES_PER_PIXEL = {True: 9_500, False: 1_700}  # of a large and of a small decoder's working memory
+BYTES_PER_PIXEL = {True: 9_600, False: 1_500}  # working memory, the most at any size: of a large decoder, a small one
 FEEDABLE = ("float32", "float16", "int64", "int32")  # dtypes the sources of a recipe can be cast to
 
 
@@ -38,7 +38,8 @@ class Networks:
     """Parts by name. `open_session(graph, device, threads=)` is the backend seam.
 
     Under `max_memory` (bytes of this process) only the parts of the present phase stay open (`phase`), and a part whose
-    weights would not fit beside what is resident is refused before it is read.
+    weights would not fit beside what is resident is refused before it is read. What its activations take is known once
+    it has run: a first step that went over the limit is the last.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Networks:
 
         Raises:
             BadRequest: a size or batch the graph was not exported for. SessionFailed: the engine refused.
+            MemoryLimit: the run took more than `max_memory`.
         """
         session = self._session(name, meter)
         inputs = {spec.name: spec for spec in self._manifest.parts[name].inputs}
@@ -73,6 +75,7 @@ class Networks:
         answers = [session.run({key: value[part] for key, value in cast.items()}) for part in slices]
         meter.seconds[name] += time.perf_counter() - start
         meter.runs[name] += len(slices)
+        self._check_taken(name)
         joined = {key: np.concatenate([answer[key] for answer in answers]) for key in answers[0]}
         return {key: value.astype(np.float32) if value.dtype.kind == "f" else value for key, value in joined.items()}
 
@@ -117,22 +120,35 @@ class Networks:
         Raises:
             MemoryLimit: not even a tile of SMALLEST_TILE pixels fits.
         """
-        if self._max_memory is None:
-            return None
-        large = self._manifest.parts[name].parameters > SMALL_DECODER
-        held = 0 if name in self._sessions else self.bytes_of(name)
-        room = self._max_memory - resident_bytes() - held
-        pixels = room // BYTES_PER_PIXEL[large]
-        if pixels >= sides[0] * sides[1]:
+        pixels = self._pixels_that_fit(name)
+        if self._max_memory is None or pixels is None or pixels >= sides[0] * sides[1]:
             return None
         tile = math.isqrt(max(pixels, 0)) // SMALLEST_TILE * SMALLEST_TILE
         if not tile:
-            need = self._max_memory - room + BYTES_PER_PIXEL[large] * SMALLEST_TILE**2
+            need = self._max_memory + self._bytes_per_pixel(name) * (SMALLEST_TILE**2 - pixels)
             raise MemoryLimit(
                 f"max_memory is {self._max_memory / 1e6:,.0f} MB; decoding by {name!r} needs at least "
                 f"{need / 1e6:,.0f} MB, in tiles of {SMALLEST_TILE} pixels"
             )
         return tile
+
+    def decoder_frames(self, name: str, sides: tuple[int, int], frames: int, batch: int) -> int:
+        """How many of `frames` frames, `sides` pixels each, a decoder may draw at once in each of `batch` videos.
+
+        At least one, which `decoder_tile` cuts if it must.
+        """
+        pixels = self._pixels_that_fit(name)
+        return frames if pixels is None else max(1, min(frames, pixels // (sides[0] * sides[1] * batch)))
+
+    def _pixels_that_fit(self, name: str) -> int | None:
+        """Pixels that a decoder may draw at once, below 0 where its weights do not fit; None without a limit."""
+        if self._max_memory is None:
+            return None
+        held = 0 if name in self._sessions else self.bytes_of(name)
+        return (self._max_memory - resident_bytes() - held) // self._bytes_per_pixel(name)
+
+    def _bytes_per_pixel(self, name: str) -> int:
+        return BYTES_PER_PIXEL[self._manifest.parts[name].parameters > SMALL_DECODER]
 
     def close(self) -> None:
         """Let go of every session; the next run opens anew."""
@@ -155,6 +171,13 @@ class Networks:
             raise MemoryLimit(
                 f"max_memory is {self._max_memory / 1e6:,.0f} MB; part {name!r} has {need / 1e6:,.0f} MB of weights "
                 f"and {held / 1e6:,.0f} MB are taken already. Allow {(held + need) / 1e6:,.0f} MB and more."
+            )
+
+    def _check_taken(self, name: str) -> None:
+        if self._max_memory is not None and (taken := resident_bytes()) > self._max_memory:
+            raise MemoryLimit(
+                f"max_memory is {self._max_memory / 1e6:,.0f} MB; with part {name!r} at this size and batch "
+                f"{taken / 1e6:,.0f} MB are taken. Ask for a smaller picture, fewer at once, or allow more."
             )
 
     def _check_sizes(self, part: str, inputs: Mapping[str, TensorSpec], feeds: Mapping[str, Array]) -> None:

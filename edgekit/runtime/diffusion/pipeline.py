@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -28,6 +29,8 @@ from edgekit.runtime.diffusion.result import DrawResult, StepEvent
 from edgekit.runtime.diffusion.tables import check_tables
 
 __all__ = ["DrawRequest", "DrawResult", "FewStepPipeline", "StepEvent"]
+
+open_unplanned: OpenSession = partial(open_session, planned=False)  # the activations of pictures are large
 
 
 class FewStepPipeline:
@@ -52,7 +55,7 @@ class FewStepPipeline:
         *,
         threads: int = 0,
         max_memory: int | None = None,
-        open_session: OpenSession = open_session,
+        open_session: OpenSession = open_unplanned,
     ) -> None:
         manifest = bundle.manifest
         check_tables(manifest)

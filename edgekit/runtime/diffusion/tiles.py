@@ -23,9 +23,12 @@ def boxes(height: int, width: int, tiles: Tiles) -> Iterator[Box]:
             yield top, left, min(top + tiles.size, height), min(left + tiles.size, width)
 
 
-def needed(x: npt.NDArray[np.generic], tiles: Tiles | None) -> bool:
-    """Whether pictures (batch, channels, height, width) are larger than one tile; other arrays are never cut."""
-    return tiles is not None and x.ndim == 4 and max(x.shape[-2:]) > tiles.size
+def needed(x: npt.NDArray[np.generic], tiles: Tiles | None, *, video: bool = False) -> bool:
+    """Whether pictures (batch, channels, height, width) are larger than one tile; other arrays are never cut.
+
+    With `video`, arrays of five axes are pictures too, with frames before or behind their channels.
+    """
+    return tiles is not None and (x.ndim == 4 or (video and x.ndim == 5)) and max(x.shape[-2:]) > tiles.size
 
 
 def tiled(x: F32, tiles: Tiles, run: Callable[[Box], F32]) -> F32:

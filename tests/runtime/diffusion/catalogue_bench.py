@@ -109,6 +109,8 @@ class Bench:
             if stage.init.encode is not None and stage.init.kind != "noise":
                 runs[stage.init.encode.part] += 1
             runs.update(call.part for call in (stage.decode, stage.accept) if call is not None)
+            if stage.decode is not None and stage.decode.chunk:
+                runs[stage.decode.part] += (stage.init.frames - 1) // stage.decode.chunk
         runs.update(hook.part for hook in recipe.hooks if isinstance(hook, Retrieve))
         return runs
 

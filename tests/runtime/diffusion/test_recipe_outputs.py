@@ -21,6 +21,7 @@ from edgekit.bundle.recipe import (
     Tiles,
 )
 from edgekit.errors import BadManifest, BadRequest, MemoryLimit
+from edgekit.runtime.diffusion.networks import resident_bytes
 from edgekit.runtime.diffusion.pipeline import FewStepPipeline
 from tests.runtime.diffusion.bench import (
     ARRAY,
@@ -30,6 +31,7 @@ from tests.runtime.diffusion.bench import (
     PLAIN,
     SMALL_DECODER,
     TEXT,
+    Arrays,
     M,
     Network,
     T,
@@ -122,6 +124,41 @@ def test_sound_is_as_long_as_asked(tmp_path: Path) -> None:
         made.pipeline().generate(width=64)
 
 
+def test_a_spectrogram_on_the_way_to_sound_is_no_picture(tmp_path: Path) -> None:
+    """Decoded in one piece under any memory limit, then made sound by a stage of its own; no previews, no tiles."""
+    networks: dict[str, Network] = {
+        "net": (lambda feeds: {"m": feeds["x"] * 0.1}, (spec("x", 2, "n", 4),), (spec("m", 2, "n", 4),)),
+        "decoder": (
+            lambda feeds: {"mel": feeds["z"].mean(1, keepdims=True).repeat(2, 2)},
+            (spec("z", 2, "n", 4),),
+            (spec("mel", 1, "frames", 4),),
+        ),
+        "vocoder": (
+            lambda feeds: {"wave": np.tanh(feeds["mel"].mean((1, 3))).repeat(50, 1)},
+            (spec("mel", 1, "frames", 4),),
+            (spec("wave", "samples"),),
+        ),
+    }
+    init = Init(downscale=100, shape=(2, "length", 4), length=80)
+    draw = stage(init=init, denoise=Denoise("net", {"x": "@x"}, "m"), decode=Decode("decoder", {"z": "@latent"}, "mel"))
+    net = Denoise("vocoder", {"mel": "@previous"}, "wave")
+    sound = Stage("vocoder", Init("previous", downscale=1), Sampler("direct", 1, (1,)), net)
+    made = studio(tmp_path, Recipe((draw, sound), media=Media("audio", 8000.0)), networks, "text-to-audio")
+    shown: list[Image.Image] = []
+    with FewStepPipeline(made.bundle, max_memory=resident_bytes() + 10**9, open_session=made.open_session) as model:
+        result = model.generate(seconds=0.5, batch=2, on_step=lambda event: shown.extend(event.preview()))
+        with pytest.raises(BadRequest, match="tile"):
+            model.generate(tile=64)
+    assert result.audio is not None
+    assert result.audio.shape == (2, 1, 4000)
+    assert result.audio.std() > 0.01
+    assert not shown
+    assert [call["z"].shape for call in made.calls["decoder"]] == [(2, 2, 40, 4)]
+    assert result.latents is not None
+    mel = result.latents.mean(1).repeat(2, 1)
+    assert np.allclose(result.audio[:, 0], np.tanh(mel.mean(2)).repeat(50, 1), atol=1e-6)
+
+
 def test_the_small_decoder_draws_previews_and_quick_pictures(tmp_path: Path) -> None:
     """Previews of every row come from it, at its own scale; `tiny` takes it for the picture as well."""
     networks = {**PLAIN, "decoder": DECODER, "small": SMALL_DECODER}
@@ -210,6 +247,22 @@ def test_a_limit_below_what_a_part_needs_is_refused(tmp_path: Path) -> None:
     made = studio(tmp_path, Recipe((stage(),), media=ARRAY), PLAIN)
     with pytest.raises(MemoryLimit, match="'net'"):
         FewStepPipeline(made.bundle, max_memory=1000, open_session=made.open_session).generate()
+
+
+def test_a_network_that_took_more_than_the_limit_is_the_last_to_run(tmp_path: Path) -> None:
+    """What activations take is known after a run: over the limit, the request ends and says how much it was."""
+    taken: list[np.ndarray] = []
+
+    def greedy(feeds: Arrays) -> Arrays:
+        taken.append(np.ones(64 << 20, np.uint8))
+        return plain(feeds)
+
+    networks = {**PLAIN, "net": (greedy, *PLAIN["net"][1:])}
+    made = studio(tmp_path, Recipe((stage(),), media=ARRAY), networks)
+    limit = resident_bytes() + (32 << 20)
+    with pytest.raises(MemoryLimit, match=r"'net' at this size .* are taken"):
+        FewStepPipeline(made.bundle, max_memory=limit, open_session=made.open_session).generate()
+    assert len(taken) == 1
 
 
 def test_a_recipe_that_ends_in_another_shape_is_refused(tmp_path: Path) -> None:
