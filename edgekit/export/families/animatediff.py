@@ -158,6 +158,7 @@ def _unet_job(source: Source) -> PartJob:
         fill={"timestep": TIME},
         lora="unet",
         most={"frames": most},
+        beside=("motion_adapter",) if kind == "UNet2DConditionModel" else (),
     )
 
 

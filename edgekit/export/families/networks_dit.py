@@ -31,6 +31,16 @@ def streamed(name: str, folder: Path) -> Any:
 
     with accelerate.init_empty_weights(include_buffers=False):
         model = getattr(diffusers, name).from_config(read_json(folder / "config.json"))
+    read_into(model, folder, name)
+    return model.eval()
+
+
+def read_into(model: nn.Module, folder: Path, name: str) -> None:
+    """Give a model without weights those of a component's files, one by one and in float32.
+
+    Raises:
+        BadSource: the files hold other weights than the model, `name`, has.
+    """
     awaited = {key: value.shape for key, value in model.state_dict().items()}
     buffers = {key for key, _ in model.named_buffers()}
     for path in weight_files(folder):
@@ -42,7 +52,6 @@ def streamed(name: str, folder: Path) -> Any:
             setattr(model.get_submodule(module), leaf, kept)
     if missing := awaited.keys() - buffers:
         raise BadSource(f"{folder}: {len(missing)} weights are missing, among them {min(missing)}")
-    return model.eval()
 
 
 class SinCosPatches(nn.Module):  # type: ignore[misc]

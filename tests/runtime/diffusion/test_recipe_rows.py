@@ -111,7 +111,8 @@ CONTROLLED: dict[str, Network] = {
 
 
 def test_a_network_may_run_before_the_denoiser_in_every_row(tmp_path: Path) -> None:
-    """ControlNet's residuals reach both halves of a guided row; the scale multiplies them; the picture is in [0, 1]."""
+    """ControlNet's residuals reach both halves of a guided row; the scale multiplies them; the picture is in [0, 1],
+    and may be left out where the scale is said to be 0."""
     call = Call("control", {"x": "@x", "picture": "@control", "scale": "@control_scale"})
     net = Denoise("net", {"x": "@x", "residual": "control.residual", "hidden": "text.hidden"}, "m", before=(call,))
     recipe = Recipe(
@@ -127,8 +128,12 @@ def test_a_network_may_run_before_the_denoiser_in_every_row(tmp_path: Path) -> N
     whole = made.pipeline().generate("red apple", negative="blurry", control=PICTURE, seed=2).arrays
     pixels = np.asarray(PICTURE).transpose(2, 0, 1)[None, :2] / 255
     assert np.abs((half - whole) - 0.5 * pixels).max() <= 1e-5
+    without = made.pipeline().generate("red apple", negative="blurry", control_scale=0.0, seed=2).arrays
+    assert np.abs((without - half) - 0.5 * pixels).max() <= 1e-5
     with pytest.raises(BadRequest, match="needs a control picture"):
         made.pipeline().generate("red apple")
+    with pytest.raises(BadRequest, match="needs a control picture"):
+        made.pipeline().generate("red apple", control_scale=0.5)
 
 
 def test_a_picture_that_nothing_follows_is_refused(tmp_path: Path) -> None:
