@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,19 +38,6 @@ BK_SDM_TINY = {
     "mid_block_type": None,
     "down_block_types": ("CrossAttnDownBlock2D",) * 3,
     "up_block_types": ("CrossAttnUpBlock2D",) * 3,
-}
-HALF_SDXL = {  # every width of SDXL's UNet halved, heads of 64 kept: 2567 M parameters become 645 M
-    "sample_size": LATENT,
-    "block_out_channels": (160, 320, 640),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 5, 10),
-    "cross_attention_dim": 1024,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 6 * 256 + 640,
 }
 PIXART_XL = {
     "sample_size": LATENT,
@@ -145,14 +133,30 @@ def bk_tiny() -> Any:
     )
 
 
-def half_sdxl() -> Any:
-    """SDXL-Turbo with every width halved, depths kept: UNet 645 M, text encoders of 12 and 32 layers; AutoencoderKL."""
+def sdxl(divisor: int = 1) -> Any:
+    """SDXL-Turbo, text encoders of 12 and 32 layers; by two: every width halved, depths and heads of 64 kept.
+
+    The UNet has 2567 M parameters, or 645 M.
+    """
     ids, more = words(), words(pad="!</w>")
+    shape = {
+        "sample_size": LATENT,
+        "block_out_channels": tuple(width // divisor for width in (320, 640, 1280)),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2, 10),
+        "attention_head_dim": tuple(width // divisor // 64 for width in (320, 640, 1280)),
+        "cross_attention_dim": 2048 // divisor,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 6 * 256 + 1280 // divisor,
+    }
     return diffusers.StableDiffusionXLPipeline(
-        unet=unet(HALF_SDXL),
+        unet=unet(shape),
         vae=autoencoder_kl(scaling_factor=0.13025),
-        text_encoder=clip(CLIPTextModel, ids, 384),
-        text_encoder_2=clip(CLIPTextModelWithProjection, more, 640, layers=32),
+        text_encoder=clip(CLIPTextModel, ids, 768 // divisor),
+        text_encoder_2=clip(CLIPTextModelWithProjection, more, 1280 // divisor, layers=32),
         tokenizer=ids,
         tokenizer_2=more,
         scheduler=diffusers.EulerAncestralDiscreteScheduler(timestep_spacing="trailing", **tiny.BETAS),
@@ -174,7 +178,13 @@ def pixart() -> Any:
     )
 
 
-MODELS: dict[str, Callable[[], Any]] = {"lcm": lcm, "tiny": bk_tiny, "half-sdxl": half_sdxl, "pixart": pixart}
+MODELS: dict[str, Callable[[], Any]] = {
+    "lcm": lcm,
+    "tiny": bk_tiny,
+    "pixart": pixart,
+    "half-sdxl": partial(sdxl, 2),
+    "sdxl": sdxl,
+}
 DENOISERS = ("unet", "transformer")
 
 
