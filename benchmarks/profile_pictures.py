@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable
@@ -25,6 +26,10 @@ import onnxruntime
 from harness import interleaved, record, summary
 from onnx import TensorProto, helper
 from profile_text import by_operator
+
+sys.path.insert(0, str(Path(__file__).parent / "peers"))
+
+from measure import raise_priority
 
 from edgekit.bundle.manifest import TensorSpec
 from edgekit.bundle.reader import Bundle
@@ -145,6 +150,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dry-run", action="store_true", help="record nothing")
     args = parser.parse_args()
+    raise_priority()
     bundle = read_bundle(args.bundle)
     for part in args.parts.split(","):
         rows = profile(bundle, part, args.size, args.steps, args.threads)

@@ -291,7 +291,7 @@ def host(pipeline: Any) -> dict[str, np.ndarray]:
 
 
 def plain(source: Path, target: Path) -> None:
-    """Every part as torch.onnx.export gives it: its own opset, attention in primitives, all sizes free."""
+    """Every part as torch.onnx.export gives it: its own opset, attention in primitives, sizes free where it can."""
     target.mkdir(parents=True)
     pipeline = diffusers.DiffusionPipeline.from_pretrained(source, torch_dtype=torch.float32)
     given = host(pipeline)
@@ -316,8 +316,11 @@ def plain(source: Path, target: Path) -> None:
         if pooled is not None:
             feeds["text_embeds"] = pooled
         inner = getattr(pipeline, "transformer", None) or pipeline.unet
-        network = Transformer(inner) if hasattr(pipeline, "transformer") else UNet(inner)
-        write(network.eval(), feeds, target / "denoiser.onnx", space=True)
+        if hasattr(pipeline, "transformer"):  # torch.export cannot trace PixArt's with a free batch or size
+            one = {name: value[:1] for name, value in feeds.items()}
+            write(Transformer(inner).eval(), one, target / "denoiser.onnx", free=False)
+        else:
+            write(UNet(inner).eval(), feeds, target / "denoiser.onnx", space=True)
 
 
 def twice(feeds: dict[str, np.ndarray]) -> dict[str, Tensor]:
@@ -325,14 +328,21 @@ def twice(feeds: dict[str, np.ndarray]) -> dict[str, Tensor]:
     return {name: torch.from_numpy(value).repeat(2, *[1] * (value.ndim - 1)) for name, value in feeds.items()}
 
 
-def write(network: nn.Module, feeds: dict[str, Tensor], path: Path, space: bool = False) -> None:
-    """The exporter's defaults; batch is free, and of the first input, with `space`, height and width."""
+def write(network: nn.Module, feeds: dict[str, Tensor], path: Path, space: bool = False, free: bool = True) -> None:
+    """The exporter's defaults; if `free` the batch is, and of the first input, with `space`, height and width."""
     dynamic = torch.export.Dim.DYNAMIC
     shapes = {name: {0: dynamic} for name in feeds}
     if space:
         shapes[next(iter(feeds))] |= {2: dynamic, 3: dynamic}
     torch.onnx.export(
-        network, (), path, kwargs=feeds, input_names=list(feeds), dynamic_shapes=shapes, dynamo=True, verbose=False
+        network,
+        (),
+        path,
+        kwargs=feeds,
+        input_names=list(feeds),
+        dynamic_shapes=shapes if free else None,
+        dynamo=True,
+        verbose=False,
     )
 
 

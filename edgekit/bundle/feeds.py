@@ -23,11 +23,12 @@ ALWAYS = {
     "@original",
     "@control",
     "@control_scale",
+    "@reference_scale",
     "@inpaint_mask",
     "@masked_image",
 }
 GIVEN = {
-    "conditions": ALWAYS | {"@random"},
+    "conditions": ALWAYS | {"@random", "@reference"},
     "select": ALWAYS,
     "encode": ALWAYS | {"@previous"},
     "denoise": ALWAYS
@@ -240,6 +241,10 @@ def _check_source(manifest: Manifest, run: _Run, name: str, source: str, given: 
         )
     if kind in ("@tokens", "@mask") and (argument or "default") not in manifest.tokenizers:
         raise BadManifest(f"{where}, but the tokenizers are {_listed(manifest.tokenizers)}")
+    if kind == "@reference":
+        (shape,) = (spec.shape for spec in manifest.parts[run.part].inputs if spec.name == name)
+        if len(shape) != 4 or shape[1] != 3 or shape[2] != shape[3] or not isinstance(shape[3], int):
+            raise BadManifest(f"{where}, whose shape is {shape}; a reference picture is (batch, 3, side, side)")
     stage, recipe = run.stage, manifest.recipe
     if stage is None or recipe is None:
         return

@@ -24,6 +24,8 @@ A *source* says where a graph input comes from; the batch is always on axis 0:
     @start           what the sample started from: the encoded picture, before noise
     @previous        the picture the stage before left, float32 (batch, 3, height, width) in [-1, 1]
     @control         the control picture, float32 (batch, 3, height, width) in [0, 1]; @control_scale float32 (batch,)
+    @reference       the middle square of the reference picture, float32 (1, 3, side, side) in [0, 1], of the side the
+                     graph declares; conditions only. @reference_scale how alike the drawn is to be, float32 (batch,)
     @inpaint_mask    1 where to paint, float32 (batch, 1, height, width) at the size of the sample
     @masked_image    the given picture with the painted part at 0, float32 (batch, 3, height, width) in [-1, 1]
 """

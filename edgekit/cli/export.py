@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 )
 @click.option("--tiny-vae", type=click.Path(path_type=Path), help="Small decoder to add, for previews and run --tiny.")
 @click.option("--lora", multiple=True, help="LoRA to fold in first, FILE[:SCALE]. Repeatable.")
+@click.option("--ip-adapter", type=click.Path(path_type=Path), help="IP-Adapter to add, for run --reference.")
 @click.option("--steps", type=int, help="Default step count written into the bundle.")
 @click.option("--max-memory", help="Hard cap of the export's memory, e.g. 8GB.")
 @click.option("--dry-run", is_flag=True, help="Say what it would make and cost; write nothing.")
@@ -44,6 +45,7 @@ def command(
     precision: str,
     tiny_vae: Path | None,
     lora: tuple[str, ...],
+    ip_adapter: Path | None,
     steps: int | None,
     max_memory: str | None,
     dry_run: bool,
@@ -64,6 +66,7 @@ def command(
             family=family,
             task=task,
             tiny_vae=tiny_vae,
+            ip_adapter=ip_adapter,
             loras=tuple(parse_lora(text) for text in lora),
             steps=steps,
             max_memory=None if max_memory is None else terminal.parse_bytes(max_memory),

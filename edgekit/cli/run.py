@@ -78,6 +78,8 @@ class Asked:
 @click.option("--mask", type=click.Path(path_type=Path), help="Redraw --image only where this picture is white.")
 @click.option("--control", type=click.Path(path_type=Path), help="Follow this picture (ControlNet).")
 @click.option("--control-scale", type=float, help="How closely; 1 by default.")
+@click.option("--reference", type=click.Path(path_type=Path), help="Draw something like this picture (IP-Adapter).")
+@click.option("--reference-scale", type=float, help="How alike; 1 by default.")
 @click.option("--frames", type=click.IntRange(min=1), help="Frames of a video.")
 @click.option("--seconds", type=float, help="Seconds of sound.")
 @click.option(

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 REQUEST = (
     *("steps", "negative", "guidance", "width", "height", "batch", "image", "strength", "seed_mode"),
-    *("mask", "control", "control_scale", "frames", "seconds", "inputs", "tiny", "tile"),
+    *("mask", "control", "control_scale", "reference", "reference_scale"),
+    *("frames", "seconds", "inputs", "tiny", "tile"),
 )
 OUTPUT = ("preview", "grid")
 DEFAULT_NAMES = {"image": "out.png", "video": "out.gif", "audio": "out.wav", "array": "out.npy"}

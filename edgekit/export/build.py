@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 
 from edgekit import __version__
+from edgekit.bundle.files import sha256_file
 from edgekit.bundle.manifest import MANIFEST_FILE, Manifest, PrecisionRecord
 from edgekit.bundle.store import new_bundle, read_bundle, sha256_tree
 from edgekit.errors import BadRequest, BundleError, MemoryLimit, MissingPackage, UnknownDevice
@@ -62,6 +63,7 @@ class ExportRequest:
     task: str | None = None
     loras: tuple[LoraFile, ...] = field(default=())
     tiny_vae: Path | None = None
+    ip_adapter: Path | None = None
     steps: int | None = None
     max_memory: int | None = None
     overwrite: bool = False
@@ -71,6 +73,8 @@ class ExportRequest:
             raise UnknownDevice(f"cannot export for {self.device!r}; known devices: {', '.join(DIALECTS)}")
         if self.tiny_vae is not None and not (self.tiny_vae / "config.json").is_file():
             raise BadRequest(f"--tiny-vae {self.tiny_vae}: no config.json there; name an AutoencoderTiny's folder")
+        if self.ip_adapter is not None and not self.ip_adapter.is_file():
+            raise BadRequest(f"--ip-adapter {self.ip_adapter}: no such file; name the adapter's *.safetensors file")
         for lora in self.loras:
             if not lora.path.is_file():
                 raise BadRequest(f"--lora {lora.path}: no such file")
@@ -82,8 +86,15 @@ class ExportRequest:
         told = (self.device, self.precision, self.family, self.steps, [lora.scale for lora in self.loras])
         parts = [__version__, repr(told), sha256_tree(self.source)]
         parts += [] if self.tiny_vae is None else [sha256_tree(self.tiny_vae)]
+        parts += [] if self.ip_adapter is None else [f"ip {_sha256_of_adapter(self.ip_adapter)}"]
         parts += [hashlib.sha256(lora.path.read_bytes()).hexdigest() for lora in self.loras]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _sha256_of_adapter(path: Path) -> str:
+    """Of an IP-Adapter's file and, where there is one, the image encoder beside it."""
+    encoder = path.resolve().parent / "image_encoder"
+    return sha256_file(path) + (sha256_tree(encoder) if encoder.is_dir() else "")
 
 
 def plan(request: ExportRequest) -> ExportPlan:
@@ -229,6 +240,7 @@ def _diffusion_options(request: ExportRequest) -> DiffusionOptions:
         loras=tuple(Lora(str(lora.path), lora.scale) for lora in request.loras),
         steps=request.steps,
         tiny_vae=None if request.tiny_vae is None else str(request.tiny_vae),
+        ip_adapter=None if request.ip_adapter is None else str(request.ip_adapter),
         max_memory=request.max_memory,
     )
 
@@ -254,6 +266,8 @@ def _refuse_for_language(request: ExportRequest) -> None:
         )
     if request.tiny_vae is not None:
         raise BadRequest("--tiny-vae is a few-step generator's option; a language model decodes no latents")
+    if request.ip_adapter is not None:
+        raise BadRequest("--ip-adapter goes into an image model's UNet; a language model sees no picture")
     if request.loras:
         raise BadRequest("--lora folds into image models; merge a language model's adapter with peft before export")
     if request.steps is not None:

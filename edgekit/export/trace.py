@@ -39,7 +39,8 @@ def trace(job: PartJob, task: Task, at: Callable[[str], None]) -> None:
     _be_quiet()
     at("load")
     module, attribute = job.network.split(":")
-    network: nn.Module = getattr(import_module(module), attribute)(Path(task.source) / job.folder)
+    files = [Path(task.source) / job.folder, *([Path(job.adapter)] if job.adapter is not None else [])]
+    network: nn.Module = getattr(import_module(module), attribute)(*files)
     if job.lora is not None:
         for lora in task.loras:
             fold(network.inner, job.lora, Path(lora.path), lora.scale)

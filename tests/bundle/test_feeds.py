@@ -13,7 +13,7 @@ from edgekit.bundle.feeds import BY_NAME, GIVEN, LANGUAGE_INPUTS, check_feeds
 from edgekit.bundle.manifest import Manifest, TensorSpec
 from edgekit.bundle.recipe import Call, Denoise, Guidance, Init, Recipe, Stage
 from edgekit.bundle.store import read_bundle
-from edgekit.errors import BundleError, UnfedInput
+from edgekit.errors import BadManifest, BundleError, UnfedInput
 from tests.bundle import tiny
 
 PLACES = ("conditions", "encode", "denoise", "decode")
@@ -27,7 +27,8 @@ def fed_from(manifest: Manifest, place: str, source: str) -> Manifest:
     recipe = tiny.image_recipe()
     more, feeds = tiny.image_recipe().stages[0].decode, {"probe": source}
     assert more is not None
-    part = msgspec.structs.replace(manifest.parts["unet"], inputs=(TensorSpec("probe", "float32", ("n",)),))
+    shape = ("n", 3, 8, 8) if source == "@reference" else ("n",)
+    part = msgspec.structs.replace(manifest.parts["unet"], inputs=(TensorSpec("probe", "float32", shape),))
     guided = msgspec.structs.replace(recipe.stages[0], name="second", guidance=Guidance("w_embedding", dim=4))
     conditions = recipe.conditions
     if place == "conditions":
@@ -56,6 +57,15 @@ def test_each_source_has_a_value_where_the_table_says(image_bundle: Path, place:
     else:
         with pytest.raises(UnfedInput, match="no value there"):
             check_feeds(manifest)
+
+
+@pytest.mark.parametrize("shape", [("n",), ("n", 3, 8, 9), ("n", 1, 8, 8), ("n", 3, "side", "side")])
+def test_a_reference_picture_goes_where_its_size_is_known(image_bundle: Path, shape: tuple[int | str, ...]) -> None:
+    """The graph must declare a square of three channels, for the runtime makes the picture that large."""
+    manifest = fed_from(read_bundle(image_bundle).manifest, "conditions", "@reference")
+    probe = msgspec.structs.replace(manifest.parts["probe"], inputs=(TensorSpec("probe", "float32", shape),))
+    with pytest.raises(BadManifest, match="a reference picture is"):
+        check_feeds(msgspec.structs.replace(manifest, parts={**manifest.parts, "probe": probe}))
 
 
 @pytest.mark.parametrize("place", PLACES[1:])

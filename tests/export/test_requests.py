@@ -46,6 +46,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "steps": st.sampled_from([None, 1, 4]),
     "loras": LORAS,
     "tiny_vae": st.sampled_from([None, "a", "b"]),
+    "ip_adapter": st.sampled_from([None, "one", "two"]),
 }
 IDLE = {
     "target": st.sampled_from(["x", "y"]),
@@ -59,6 +60,7 @@ def request(folder: Path, values: dict[str, Any]) -> ExportRequest:
     """A request from drawn values; paths are below the folder."""
     paths: dict[str, Path | None] = {"source": folder / values["source"], "target": folder / values["target"]}
     paths["tiny_vae"] = folder / values["tiny_vae"] if values["tiny_vae"] else None
+    paths["ip_adapter"] = folder / f"{values['ip_adapter']}.safetensors" if values["ip_adapter"] else None
     loras = tuple(LoraFile(folder / f"{name}.safetensors", scale) for name, scale in values["loras"])
     return ExportRequest(**{**values, **paths, "loras": loras})
 
@@ -207,3 +209,24 @@ def test_a_small_decoder_is_a_folder_with_a_config(folder: Path) -> None:
         ExportRequest(source=folder / "a", target=folder / "x", tiny_vae=folder)
     with pytest.raises(BadRequest, match="--tiny-vae"):
         build.plan(ExportRequest(source=DRAFT, target=folder / "x", tiny_vae=folder / "a"))
+
+
+def test_an_image_prompts_adapter_is_a_file(folder: Path) -> None:
+    """A missing one is refused when the request is made, and any for a model that sees no picture."""
+    with pytest.raises(BadRequest, match=r"--ip-adapter .*no such file"):
+        ExportRequest(source=folder / "a", target=folder / "x", ip_adapter=folder)
+    asked = ExportRequest(source=DRAFT, target=folder / "x", ip_adapter=folder / "one.safetensors")
+    with pytest.raises(BadRequest, match="--ip-adapter goes into an image model"):
+        build.plan(asked)
+
+
+def test_the_image_encoder_beside_an_adapter_counts(folder: Path, tmp_path: Path) -> None:
+    """Another encoder there makes another bundle."""
+    (tmp_path / "ip.safetensors").write_bytes(b"weights")
+    asked = ExportRequest(source=folder / "a", target=folder / "x", ip_adapter=tmp_path / "ip.safetensors")
+    prints = [asked.fingerprint()]
+    (tmp_path / "image_encoder").mkdir()
+    for side in (224, 336):
+        (tmp_path / "image_encoder" / "config.json").write_text(f'{{"image_size": {side}}}')
+        prints.append(asked.fingerprint())
+    assert len(set(prints)) == 3

@@ -51,7 +51,8 @@ class PartJob(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     filled with unit normals; those in `fill` with uniform numbers (integers below the upper bound) instead. `weights`
     are the key prefixes in the component's safetensors that this part uses, empty for all; `lora` is the component's
     name in LoRA files. `most` is the largest size of axes that have one (positions over time). `beside` are folders of
-    components that are loaded into the same graph.
+    components that are loaded into the same graph; `adapter` is a safetensors file that is, with which the builder is
+    also called.
     """
 
     part: Name
@@ -65,6 +66,7 @@ class PartJob(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     lora: str | None = None
     most: dict[str, int] = {}
     beside: tuple[str, ...] = ()
+    adapter: str | None = None
 
     def shape(self, spec: TensorSpec, probe: int) -> tuple[int, ...]:
         """The sizes of a tensor in one probe."""

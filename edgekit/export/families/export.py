@@ -19,6 +19,7 @@ from edgekit.export import lora as loras
 from edgekit.export.families import Family, PartJob, family_of
 from edgekit.export.families import weights as stored
 from edgekit.export.families.distilled import distilled
+from edgekit.export.families.ip_adapter import with_image_prompt
 from edgekit.export.families.tiny import tiny_folder, with_tiny_decoder
 from edgekit.export.families.tokenizers import write_tokenizer
 from edgekit.export.plan import ExportPlan, PartPlan
@@ -37,7 +38,8 @@ STAGES = {"load": 0.0, "reference": 0.1, "trace": 0.15, "write": 0.75, "compare"
 class DiffusionOptions:
     """What an export may be asked; `attention` is `ort` (ONNX Runtime) or `std` (TensorRT), `steps` the new default.
 
-    `tiny_vae` is the folder of a small decoder (AutoencoderTiny) for previews, in place of one in the model folder.
+    `tiny_vae` is the folder of a small decoder (AutoencoderTiny) for previews, in place of one in the model folder;
+    `ip_adapter` a safetensors file that lets the UNet see a reference picture.
     """
 
     attention: Literal["ort", "std"] = "ort"
@@ -47,6 +49,7 @@ class DiffusionOptions:
     steps: int | None = None
     max_memory: int | None = None
     tiny_vae: str | None = None
+    ip_adapter: str | None = None
 
     def __post_init__(self) -> None:
         if self.precision != "fp32":
@@ -126,6 +129,8 @@ def _prepare(source: Source, options: DiffusionOptions) -> tuple[Family, Recipe,
         source = distilled(source, options.family)
     family = family_of(source, options.family)
     recipe, jobs = family.recipe(source), family.jobs(source)
+    if options.ip_adapter is not None:
+        recipe, jobs = with_image_prompt(source, recipe, jobs, Path(options.ip_adapter))
     tiny = Path(options.tiny_vae) if options.tiny_vae is not None else tiny_folder(source)
     if tiny is not None:
         recipe, jobs = with_tiny_decoder(recipe, jobs, tiny)
@@ -148,13 +153,17 @@ def _with_steps(recipe: Recipe, steps: int) -> Recipe:
 
 def _parameters(source: Source, job: PartJob) -> int:
     own = stored.parameters(source.root / job.folder, job.weights) if job.folder else 0
-    return own + sum(stored.parameters(source.root / each, ()) for each in job.beside)
+    return own + sum(stored.parameters(source.root / each, ()) for each in job.beside) + _adapter_parameters(job)
 
 
 def _loaded_bytes(source: Source, job: PartJob) -> int:
-    """Bytes torch loads for a part: its whole component, and those beside it."""
+    """Bytes torch loads for a part: its whole component, those beside it, and an adapter."""
     folders = (*([job.folder] if job.folder else []), *job.beside)
-    return FLOAT_BYTES * sum(stored.parameters(source.root / each, ()) for each in folders)
+    return FLOAT_BYTES * (sum(stored.parameters(source.root / each, ()) for each in folders) + _adapter_parameters(job))
+
+
+def _adapter_parameters(job: PartJob) -> int:
+    return stored.parameters_of_file(Path(job.adapter)) if job.adapter is not None else 0
 
 
 def _groups(source: Source, jobs: tuple[PartJob, ...]) -> Iterator[tuple[PartJob, ...]]:
@@ -256,7 +265,7 @@ def _tables(recipe: Recipe) -> tuple[Table, ...]:
 
 def _left_out(source: Source, jobs: tuple[PartJob, ...]) -> tuple[str, ...]:
     """Components of the pipeline that no graph is made of (the safety checker, an image encoder)."""
-    sees = any(job.folder == "image_encoder" for job in jobs)  # its graph does what the feature extractor says
+    sees = any(job.part == "image_encoder" for job in jobs)  # its graph does what the feature extractor says
     extras = ("safety_checker", *(() if sees else ("image_encoder", "feature_extractor")))
     return tuple(name for name in extras if source.class_of(name))
 
@@ -268,6 +277,12 @@ def _notes(source: Source, jobs: tuple[PartJob, ...], options: DiffusionOptions)
     if options.tiny_vae is not None:
         folder = Path(options.tiny_vae)
         notes["tiny_vae"] = f"{folder.resolve().name} sha256:{sha256_tree(folder)}"
+    if options.ip_adapter is not None:
+        file = Path(options.ip_adapter)
+        notes["ip_adapter"] = f"{file.name} sha256:{sha256_file(file)}"
+        (encoder,) = (Path(job.folder) for job in jobs if job.part == "image_encoder")
+        if encoder.is_absolute():
+            notes["image_encoder"] = f"beside the adapter, sha256:{sha256_tree(encoder)}"
     return notes
 
 

@@ -10,6 +10,7 @@ from edgekit.export.headers import read_header
 from edgekit.export.sources import read_json
 
 STEMS = ("diffusion_pytorch_model", "model")
+PICKLED = (".bin", ".pt", ".ckpt", ".pth")
 VARIANTS = (None, "fp16")  # full precision first: half is upcast, and only where it is all there is
 
 
@@ -22,7 +23,7 @@ def variant_of(folder: Path) -> str | None:
     for variant in VARIANTS:
         if _files(folder, variant):
             return variant
-    pickled = sorted(path.name for path in folder.glob("*") if path.suffix in (".bin", ".pt", ".ckpt", ".pth"))
+    pickled = sorted(path.name for path in folder.glob("*") if path.suffix in PICKLED)
     if pickled:
         raise BadSource(
             f"{folder} has only pickled weights ({', '.join(pickled)}), which can run code when opened; load the model "
@@ -44,6 +45,11 @@ def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """
     files = weight_files(folder)
     return {name: entry.shape for path in files for name, entry in read_header(path).entries.items()}
+
+
+def parameters_of_file(path: Path) -> int:
+    """Number of weights in one safetensors file. Raises BadSource."""
+    return sum(math.prod(entry.shape) for entry in read_header(path).entries.values())
 
 
 def parameters(folder: Path, prefixes: tuple[str, ...]) -> int:

@@ -71,6 +71,8 @@ def _refuse(source: Source, request: ExportRequest) -> None:
         raise BadRequest(f"--precision {request.precision}: graphs are adopted as they are. {original}")
     if request.tiny_vae is not None:
         raise BadRequest("--tiny-vae is traced from its weights; a folder of ready-made graphs takes none")
+    if request.ip_adapter is not None:
+        raise BadRequest(f"--ip-adapter adds layers to a UNet, which a graph is no longer open to. {original}")
     if request.loras:
         raise BadRequest(f"--lora folds into weights by their names, which a graph no longer has. {original}")
     if source.kind == "language" and request.steps is not None:

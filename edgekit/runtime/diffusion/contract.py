@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from PIL import Image
+
 from edgekit.bundle.recipe import Decode, Recipe, Retrieve, Stage
 from edgekit.errors import BadManifest, BadRequest, IllegalSteps
 from edgekit.runtime.diffusion.request import DrawRequest, Settled
@@ -72,7 +74,8 @@ class Contract:
             first_image=request.first_image,
             frames=self._frames(request),
             seconds=self._seconds(request),
-            control_scale=self._control_scale(request),
+            control_scale=_scale_of(request.control, request.control_scale),
+            reference_scale=_scale_of(request.reference, request.reference_scale),
             inpaint=request.mask is not None,
             tiny=request.tiny,
             tile=request.tile,
@@ -153,13 +156,8 @@ class Contract:
             raise BadRequest(
                 "this bundle cannot paint inside a mask: it has no encoder for pictures; leave the mask out"
             )
-        if request.control is None and "@control" in fed and request.control_scale != 0:
-            without = ", or say control_scale 0 to draw without" if "@control_scale" in fed else ""
-            raise BadRequest(f"this bundle needs a control picture; give one (control){without}")
-        if request.control is not None and "@control" not in fed:
-            raise BadRequest("this bundle takes no control picture; drop it (control)")
-        if request.control_scale is not None and "@control_scale" not in fed:
-            raise BadRequest("this bundle takes no control picture, so control_scale cannot act; drop it")
+        for name in ("control", "reference"):
+            _check_followed(name, fed, getattr(request, name), getattr(request, f"{name}_scale"))
         missing, extra = set(self.inputs) - set(request.inputs), set(request.inputs) - set(self.inputs)
         if missing or extra:
             names = ", ".join(sorted(self.inputs)) or "none"
@@ -208,11 +206,6 @@ class Contract:
         if request.seconds is not None and self.main.init.fixed_size and request.seconds > own:
             raise BadRequest(f"seconds is {request.seconds}; this bundle makes at most {own:.3g}")
         return request.seconds or own
-
-    def _control_scale(self, request: DrawRequest) -> float | None:
-        if request.control is None:
-            return request.control_scale
-        return 1.0 if request.control_scale is None else request.control_scale
 
     def _steps(self, request: DrawRequest) -> int:
         sampler = self.main.sampler
@@ -283,6 +276,22 @@ class Contract:
             )
         factor = self.enlarge * (init.resize.factor if init.resize is not None else 1)
         return image.width * factor, image.height * factor
+
+
+def _check_followed(name: str, fed: set[str], picture: Image.Image | None, scale: float | None) -> None:
+    """A picture to follow (`control`, `reference`) and its scale: there where they are fed, and only there."""
+    if picture is None and f"@{name}" in fed and scale != 0:
+        without = f", or say {name}_scale 0 to draw without" if f"@{name}_scale" in fed else ""
+        raise BadRequest(f"this bundle needs a {name} picture; give one ({name}){without}")
+    if picture is not None and f"@{name}" not in fed:
+        raise BadRequest(f"this bundle takes no {name} picture; drop it ({name})")
+    if scale is not None and f"@{name}_scale" not in fed:
+        raise BadRequest(f"this bundle takes no {name} picture, so {name}_scale cannot act; drop it")
+
+
+def _scale_of(picture: Image.Image | None, scale: float | None) -> float | None:
+    """All of it is followed, unless something else is said."""
+    return 1.0 if picture is not None and scale is None else scale
 
 
 def _sources_of(stage: Stage) -> Iterator[str]:

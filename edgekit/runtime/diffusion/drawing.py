@@ -19,7 +19,7 @@ from edgekit.runtime.backends import Array
 from edgekit.runtime.diffusion import discrete, hooks, kernels
 from edgekit.runtime.diffusion.contract import Contract
 from edgekit.runtime.diffusion.finish import decoded, frames_axis, small_decoder
-from edgekit.runtime.diffusion.given import put_given, sample_shape
+from edgekit.runtime.diffusion.given import put_given, put_reference, sample_shape
 from edgekit.runtime.diffusion.kernels import Step
 from edgekit.runtime.diffusion.networks import Meter, Networks
 from edgekit.runtime.diffusion.predict import Predictor, once
@@ -101,6 +101,7 @@ class Drawing:
         draws = count(CONDITION_DRAWS)
         for call in self._contract.recipe.conditions:
             self._networks.phase([call.part])
+            self._put_reference(call)
             self._put_random(call, draws)
             once(call, sources, self._networks, self._meter)
             if self._guided and self._contract.guide.guidance.zero_empty and not used.negative:
@@ -115,6 +116,14 @@ class Drawing:
                 self._sources.put(f"@tokens{spelling}", LINE, self._prompts.ids(name, texts))
                 if f"@mask{spelling}" in fed:
                     self._sources.put(f"@mask{spelling}", LINE, self._prompts.masks(name, texts))
+
+    def _put_reference(self, call: Call) -> None:
+        """The reference picture, of the side the graph declares."""
+        for name, source in call.feeds.items():
+            if source == "@reference":
+                side = self._networks.inputs(call.part)[name].shape[-1]
+                assert isinstance(side, int)  # edgekit.bundle.feeds checked it
+                put_reference(self._sources, self._request.reference, side)
 
     def _put_random(self, call: Call, draws: Iterator[int]) -> None:
         """A condition's noise, each picture's own; where else a condition is fed one for all, it then runs for each."""
@@ -321,7 +330,7 @@ class Drawing:
             "sampler": self._contract.main.sampler.kind,
         }
         arrays = {"given_latents": self._request.latents}
-        for name in ("@image", "@original", "@inpaint_mask", "@control"):
+        for name in ("@image", "@original", "@inpaint_mask", "@control", "@reference"):
             if name in self._sources:
                 arrays[f"given_{name[1:]}"] = self._sources.value(name)
         arrays |= {f"given_{name}": value for name, value in self._request.inputs.items()}

@@ -11,7 +11,7 @@ from PIL import Image
 from edgekit.bundle.recipe import Stage
 from edgekit.errors import BadRequest
 from edgekit.runtime.diffusion.contract import Contract
-from edgekit.runtime.diffusion.image import from_image
+from edgekit.runtime.diffusion.image import from_image, middle_square
 from edgekit.runtime.diffusion.request import DrawRequest, Settled
 from edgekit.runtime.diffusion.sources import IMAGE, Sources
 
@@ -46,6 +46,8 @@ def put_given(sources: Sources, contract: Contract, request: DrawRequest, used: 
             picture = from_image(request.control, (width, height)) * np.float32(0.5) + np.float32(0.5)
         sources.put("@control", IMAGE, picture)
         sources.put("@control_scale", IMAGE, np.array([used.control_scale], np.float32))
+    if used.reference_scale is not None:
+        sources.put("@reference_scale", IMAGE, np.array([used.reference_scale], np.float32))
     if request.image is not None:
         picture = from_image(request.image, (width, height))
         sources.put("@image", IMAGE, picture)
@@ -53,6 +55,12 @@ def put_given(sources: Sources, contract: Contract, request: DrawRequest, used: 
             sources.put("@original", IMAGE, from_image(request.image))
         if request.mask is not None:
             _put_mask(sources, contract, request.image, request.mask, picture)
+
+
+def put_reference(sources: Sources, picture: Image.Image | None, side: int) -> None:
+    """The reference picture as a graph takes it; none is black, of which nothing is seen at scale 0."""
+    seen = np.zeros((1, 3, side, side), np.float32) if picture is None else middle_square(picture, side)
+    sources.put("@reference", IMAGE, seen)
 
 
 def _put_mask(sources: Sources, contract: Contract, image: Image.Image, mask: Image.Image, picture: F32) -> None:

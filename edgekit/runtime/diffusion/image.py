@@ -56,6 +56,17 @@ def from_image(image: Image.Image, size: tuple[int, int] | None = None) -> F32:
     return np.ascontiguousarray(2 * unit.transpose(2, 0, 1)[None] - 1)
 
 
+def middle_square(image: Image.Image, side: int) -> F32:
+    """The middle of an image as (1, 3, side, side) in [0, 1], as CLIP looks at it: its shorter side is made `side` by
+    cubic interpolation in eight bits, the longer one in proportion, rounded down, and cut."""
+    upright = ImageOps.exif_transpose(image).convert("RGB")
+    width, height = (side * each // min(upright.size) for each in upright.size)
+    sized = upright.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - side) // 2, (height - side) // 2
+    cut = np.asarray(sized.crop((left, top, left + side, top + side)), np.uint8)
+    return np.ascontiguousarray(cut.astype(np.float32).transpose(2, 0, 1)[None] / np.float32(255))
+
+
 def save_png(image: Image.Image, path: str | os.PathLike[str], metadata: Mapping[str, Any]) -> None:
     """Write a PNG that says how it was made: `metadata` as JSON in an iTXt chunk. The file appears whole or not at all.
 

@@ -24,11 +24,12 @@ LONGEST = 3600.0  # seconds
 class DrawRequest:
     """One call of `generate`; None leaves a choice to the bundle.
 
-    `width` and `height` are those of the finished picture, `frames` of a video, `seconds` of sound. `latents` replaces
-    the initial unit noise, in the shape of the sample. `mask` is white where to paint, `control` a picture to follow
-    and `control_scale` how closely. `inputs` are arrays for the recipe's @input sources, (batch, ...) or (1, ...).
-    `first_image` is the batch index of the first image: image k of a batch is `batch=1, first_image=k`. `tiny` decodes
-    by the small decoder, `tile` by tiles of so many pixels.
+    `width` and `height` are those of the finished picture, `frames` of a video, `seconds` of sound. `latents`
+    replaces the initial unit noise, in the shape of the sample. `mask` is white where to paint, `control` a picture
+    to follow and `control_scale` how closely, `reference` one to draw something like and `reference_scale` how
+    alike. `inputs` are arrays for the recipe's @input sources, (batch, ...) or (1, ...). `first_image` is the batch
+    index of the first image: image k of a batch is `batch=1, first_image=k`. `tiny` decodes by the small decoder,
+    `tile` by tiles of so many pixels.
     """
 
     prompt: str = ""
@@ -47,6 +48,8 @@ class DrawRequest:
     mask: Image.Image | None = None
     control: Image.Image | None = None
     control_scale: float | None = None
+    reference: Image.Image | None = None
+    reference_scale: float | None = None
     frames: int | None = None
     seconds: float | None = None
     inputs: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
@@ -70,8 +73,10 @@ class DrawRequest:
             raise BadRequest(f"strength is {self.strength}; it must be above 0 and at most 1")
         if self.seconds is not None and not 0 < self.seconds <= LONGEST:
             raise BadRequest(f"seconds is {self.seconds}; it must be above 0 and at most {LONGEST:g}")
-        if self.control_scale is not None and not math.isfinite(self.control_scale):
-            raise BadRequest(f"control_scale is {self.control_scale}; it must be a finite number")
+        for name in ("control_scale", "reference_scale"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise BadRequest(f"{name} is {value}; it must be a finite number")
         if self.latents is not None and not np.isfinite(self.latents).all():
             raise BadRequest("latents hold a value that is not finite")
 
@@ -94,6 +99,7 @@ class Settled:
     frames: int | None = None
     seconds: float | None = None
     control_scale: float | None = None
+    reference_scale: float | None = None
     inpaint: bool = False
     tiny: bool = False
     tile: int | None = None

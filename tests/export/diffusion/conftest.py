@@ -55,14 +55,14 @@ def exported(folders: dict[str, tuple[Any, Path]], tmp_path_factory: pytest.Temp
     return get
 
 
-def export_folder(name: str, pipeline: Any, folder: Path, target: Path) -> Exported:
-    """Make a bundle of a saved pipeline."""
+def export_folder(name: str, pipeline: Any, folder: Path, target: Path, **options: Any) -> Exported:
+    """Make a bundle of a saved pipeline; options are those of DiffusionOptions."""
     said: list[tuple[str, float]] = []
     with new_bundle(target) as draft:
         manifest = export_diffusion(
             read_source(folder),
             draft.root,
-            options=DiffusionOptions(),
+            options=DiffusionOptions(**options),
             progress=lambda text, part: said.append((text, part)),
         )
         provenance = msgspec.structs.replace(manifest.provenance, created="2026-01-01T00:00:00Z")

@@ -110,6 +110,7 @@ def test_an_equal_request_finds_its_work_done(tmp_path: Path) -> None:
         ("llama", {"precision": "int8"}, "adopted as they are.*safetensors"),
         ("lcm", {"precision": "auto"}, "adopted as they are"),
         ("lcm", {"loras": (LoraFile(FOLDERS / "make.py"),)}, "--lora folds into weights by their names"),
+        ("lcm", {"ip_adapter": FOLDERS / "make.py"}, "--ip-adapter adds layers to a UNet.*safetensors"),
         ("sd-turbo", {"tiny_vae": FOLDERS / "lcm" / "vae_decoder"}, "--tiny-vae is traced from its weights"),
         ("llama", {"steps": 4}, "--steps is a few-step"),
         ("llama", {"family": "lcm"}, "--family chooses an image family"),

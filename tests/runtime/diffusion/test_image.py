@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from edgekit.errors import BadManifest, BadRequest, SessionFailed
-from edgekit.runtime.diffusion.image import from_image, open_image, read_png_metadata, save_png, to_images
+from edgekit.runtime.diffusion.image import (
+    from_image,
+    middle_square,
+    open_image,
+    read_png_metadata,
+    save_png,
+    to_images,
+)
 from tests.runtime.diffusion.cases import LAW
 
 
@@ -119,3 +126,18 @@ def test_files_that_are_not_ours_are_told_so(tmp_path: Path) -> None:
         with pytest.raises(BadRequest, match=name):
             open_image(tmp_path / name)
     assert open_image(tmp_path / "plain.png").size == (1, 1)
+
+
+@pytest.mark.parametrize("size", [(300, 410), (31, 7), (8, 8), (9, 200), (5, 4)])
+def test_the_middle_square_is_what_clip_looks_at(size: tuple[int, int]) -> None:
+    """Of any shape, larger or smaller: transformers' resizing and cutting, to the last bit of eight."""
+    pytest.importorskip("transformers")
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    rng = np.random.default_rng(1)
+    image = Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8))
+    clip = CLIPImageProcessorPil(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}, do_normalize=False)
+    theirs = np.asarray(clip(image, return_tensors="np")["pixel_values"])
+    ours = middle_square(image, 8)
+    assert ours.shape == theirs.shape == (1, 3, 8, 8)
+    assert np.abs(ours - theirs).max() <= 1e-7

@@ -143,6 +143,54 @@ def test_a_picture_that_nothing_follows_is_refused(tmp_path: Path) -> None:
         pipeline.generate(control=PICTURE)
     with pytest.raises(BadRequest, match="control_scale"):
         pipeline.generate(control_scale=0.5)
+    with pytest.raises(BadRequest, match="takes no reference picture"):
+        pipeline.generate(reference=PICTURE)
+    with pytest.raises(BadRequest, match="reference_scale cannot act"):
+        pipeline.generate(reference_scale=0.5)
+    with pytest.raises(BadRequest, match="reference_scale is nan"):
+        pipeline.generate(reference_scale=float("nan"))
+
+
+SEEING: dict[str, Network] = {
+    "eye": (
+        lambda feeds: {"mean": feeds["image"].mean((2, 3))},
+        (spec("image", 3, 6, 6),),
+        (spec("mean", 3),),
+    ),
+    "net": (
+        lambda feeds: {"m": (feeds["mean"][:, :2] * feeds["scale"][:, None])[..., None, None] + 0 * feeds["x"]},
+        (X, spec("mean", 3), spec("scale")),
+        (M,),
+    ),
+    "text": TEXT,
+}
+
+
+def test_a_reference_picture_is_looked_at_once(tmp_path: Path) -> None:
+    """Its middle square, in [0, 1] and as large as the graph says, for all pictures of a batch; the negative half sees
+    nothing where the recipe says so; the scale is each picture's, 1 unless said; without a picture it must be 0."""
+    net = Denoise("net", {"x": "@x", "mean": "eye.mean", "scale": "@reference_scale"}, "m")
+    guidance = Guidance("cfg", 3.0, maximum=9.0, zero_negative=("eye.mean",))
+    conditions = (Call("text", {"ids": "@tokens"}), Call("eye", {"image": "@reference"}))
+    made = studio(tmp_path, Recipe((stage(denoise=net, guidance=guidance),), conditions, media=ARRAY), SEEING)
+    pipeline, wide = made.pipeline(), PICTURE.resize((9, 6))
+    asked = {"prompt": "red apple", "negative": "blurry", "seed": 2, "batch": 2}
+    drawn = {scale: pipeline.generate(reference=wide, reference_scale=scale, **asked).arrays for scale in (0.0, 0.5)}
+    (seen,) = made.calls["eye"][:1]
+    pixels = np.asarray(wide.crop((1, 0, 7, 6)), np.float32).transpose(2, 0, 1) / 255
+    assert np.abs(seen["image"] - pixels[None]).max() <= 1e-6
+    assert [len(call["x"]) for call in made.calls["net"]] == [4] * 4
+    assert not made.calls["net"][0]["mean"][:2].any()
+    moved = 3 * 0.5 * pixels.mean((1, 2))[:2]  # guidance three, from nothing
+    assert np.abs(drawn[0.0] - drawn[0.5] - moved[None, :, None, None]).max() <= 1e-5
+    whole = pipeline.generate(reference=wide, **asked)
+    assert np.abs(drawn[0.0] - whole.arrays - 2 * moved[None, :, None, None]).max() <= 1e-5
+    assert whole.metadata["reference_scale"] == 1.0
+    assert whole.metadata["given_reference"].startswith("sha256:")
+    assert np.array_equal(pipeline.generate(reference_scale=0.0, **asked).arrays, drawn[0.0])
+    for given in ({}, {"reference_scale": 0.5}):
+        with pytest.raises(BadRequest, match=r"needs a reference picture.*or say reference_scale 0"):
+            pipeline.generate(**asked, **given)
 
 
 def test_constants_are_fed_to_every_picture(tmp_path: Path) -> None:
