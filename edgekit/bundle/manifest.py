@@ -151,8 +151,7 @@ class Provenance(Value, frozen=True):
     created: str = ""
 
 
-Task = Literal[
-    "text-generation",
+FewStepTask = Literal[
     "text-to-image",
     "image-to-image",
     "super-resolution",
@@ -162,6 +161,7 @@ Task = Literal[
     "text-to-audio",
     "arrays",  # anything else: arrays in, arrays out
 ]
+Task = Literal["text-generation", FewStepTask]
 
 
 class Manifest(Value, frozen=True):

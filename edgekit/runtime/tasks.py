@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args, overload
 
+from edgekit.bundle.manifest import FewStepTask
 from edgekit.bundle.store import read_bundle
 from edgekit.errors import BadRequest
 
@@ -30,20 +31,9 @@ class TextSetup(TypedDict, total=False):
     report: Callable[[str], None]
 
 
-FEW_STEP = (
-    "text-to-image",
-    "image-to-image",
-    "super-resolution",
-    "unconditional-image",
-    "text-to-video",
-    "image-to-video",
-    "text-to-audio",
-    "arrays",
-)
-
 TASKS = {
     "text-generation": ("edgekit.runtime.llm.pipeline", "TextPipeline"),
-    **dict.fromkeys(FEW_STEP, ("edgekit.runtime.diffusion.pipeline", "FewStepPipeline")),
+    **dict.fromkeys(get_args(FewStepTask), ("edgekit.runtime.diffusion.pipeline", "FewStepPipeline")),
 }
 
 
@@ -63,16 +53,7 @@ def load(
 def load(
     path: str | PathLike[str],
     *,
-    task: Literal[
-        "text-to-image",
-        "image-to-image",
-        "super-resolution",
-        "unconditional-image",
-        "text-to-video",
-        "image-to-video",
-        "text-to-audio",
-        "arrays",
-    ],
+    task: FewStepTask,
     device: str = ...,
     threads: int = ...,
     verify: bool = ...,

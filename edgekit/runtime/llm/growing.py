@@ -15,7 +15,7 @@ import numpy as np
 from edgekit.bundle.manifest import KVCacheLayout
 from edgekit.errors import BadRequest
 from edgekit.runtime.backends import Array, Session
-from edgekit.runtime.llm.kv import FIRST_CAPACITY, KVCache, larger, snapshot_shape
+from edgekit.runtime.llm.kv import FIRST_CAPACITY, KVCache, larger, snapshot_slots
 
 
 class GrowingCache:
@@ -81,13 +81,7 @@ class GrowingCache:
         Raises:
             BadRequest: slots the cache does not have, or the snapshot of a graph with another layout.
         """
-        stop = start + (slots.shape[2] if slots.ndim == 4 else 0)
-        wanted = snapshot_shape(self._layout, stop - start)
-        if slots.shape != wanted or slots.dtype != self._layout.dtype:
-            raise BadRequest(
-                f"{slots.dtype}{slots.shape} is no snapshot of this graph; its are {self._layout.dtype}{wanted}. "
-                "Compute the text anew."
-            )
+        stop = start + snapshot_slots(self._layout, slots)
         self._check(start, stop, self.capacity)
         self._check(0, start, self._slots)
         for name, rows in zip(self._names, slots, strict=True):

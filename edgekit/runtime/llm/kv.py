@@ -78,13 +78,7 @@ class KVCache:
         Raises:
             BadRequest: slots the cache does not have, or the snapshot of a graph with another layout.
         """
-        stop = start + (slots.shape[2] if slots.ndim == 4 else 0)
-        wanted = snapshot_shape(self._layout, stop - start)
-        if slots.shape != wanted or slots.dtype != self._layout.dtype:
-            raise BadRequest(
-                f"{slots.dtype}{slots.shape} is no snapshot of this graph; its are {self._layout.dtype}{wanted}. "
-                "Compute the text anew."
-            )
+        stop = start + snapshot_slots(self._layout, slots)
         self._check(start, stop)
         for name, rows in zip(self._names, slots, strict=True):
             _put(self.binding, f"past.{name}", start, rows[None])
@@ -137,6 +131,18 @@ def larger(capacity: int, slots: int, limit: int) -> int:
 def snapshot_shape(layout: KVCacheLayout, slots: int) -> tuple[int, ...]:
     """(2 * layers, heads, slots, head_dim)."""
     return (2 * layout.layers, layout.heads, slots, layout.head_dim)
+
+
+def snapshot_slots(layout: KVCacheLayout, slots: Array) -> int:
+    """How many slots a snapshot has. Raises BadRequest for one of a graph with another layout."""
+    count = slots.shape[2] if slots.ndim == 4 else 0
+    wanted = snapshot_shape(layout, count)
+    if slots.shape != wanted or slots.dtype != layout.dtype:
+        raise BadRequest(
+            f"{slots.dtype}{slots.shape} is no snapshot of this graph; its are {layout.dtype}{wanted}. "
+            "Compute the text anew."
+        )
+    return count
 
 
 def _put(binding: Binding, name: str, start: int, rows: Array) -> None:
