@@ -166,12 +166,12 @@ def lcm() -> diffusers.LatentConsistencyModelPipeline:
 
 
 def sd_turbo() -> diffusers.StableDiffusionPipeline:
-    """SD-Turbo: Euler on a trailing grid, AutoencoderTiny."""
+    """SD-Turbo: Stable Diffusion 2.1's networks (linear projections, heads by level, gelu), Euler on a trailing grid."""
     words = tokenizer(pad="!</w>")
     return diffusers.StableDiffusionPipeline(
-        unet=unet(**ONE_LEVEL),
+        unet=unet(**ONE_LEVEL, use_linear_projection=True, attention_head_dim=(4,)),
         vae=autoencoder_tiny(),
-        text_encoder=text_encoder(CLIPTextModel, words),
+        text_encoder=text_encoder(CLIPTextModel, words, hidden_act="gelu"),
         tokenizer=words,
         scheduler=diffusers.EulerDiscreteScheduler(timestep_spacing="trailing", **BETAS),
         safety_checker=None,
