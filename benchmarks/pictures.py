@@ -128,15 +128,19 @@ class Workshop:
         self.folder, self.openvino = folder, openvino
         (folder / "logs").mkdir(parents=True, exist_ok=True)
 
-    def make(self, model: str) -> list[dict[str, Any]]:
-        """Whatever is not there yet: folder, bundle, plain graphs. Rows on the exports that ran. Raises SystemExit."""
+    def make(self, model: str, forms: set[str]) -> list[dict[str, Any]]:
+        """The folder and those `forms` that are not there yet. Rows on the exports that ran. Raises SystemExit."""
         home = self.folder / model
         home.mkdir(exist_ok=True)
         script = PEERS / "picture_models.py"
         self._built(home / "folder", [sys.executable, script, "folder", model])
         cli: Command = [sys.executable, "-m", "edgekit.cli", "export", home / "folder", "--quiet", "--output"]
-        ours = self._built(home / "bundle", cli)
-        plain = self._built(home / "plain", [sys.executable, script, "plain", home / "folder"])
+        ours = self._built(home / "bundle", cli) if "bundle" in forms else None
+        plain = (
+            self._built(home / "plain", [sys.executable, script, "plain", home / "folder"])
+            if "plain" in forms
+            else None
+        )
         return [
             {"what": "export", "model": model, "engine": name, **row, "size_mb": size_megabytes(home / form), "n": 1}
             for name, form, row in (("edgekit", "bundle", ours), ("torch.onnx.export", "plain", plain))
@@ -235,7 +239,7 @@ def main() -> None:
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--engines", default=",".join(engine.key for engine in ENGINES))
     parser.add_argument("--openvino", type=Path, help="a Python that imports openvino")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="0 exports only")
     parser.add_argument("--draws", type=int, default=2, help="that count, in each process")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--table", type=Path)
@@ -245,7 +249,7 @@ def main() -> None:
     engines = [engine for engine in ENGINES if engine.key in options.engines.split(",")]
     rows: list[dict[str, Any]] = []
     for model in options.models.split(","):
-        exported = workshop.make(model)
+        exported = workshop.make(model, {engine.form for engine in engines} | ({"plain"} if options.rounds else set()))
         runs: dict[Engine, list[dict[str, Any]]] = {engine: [] for engine in engines}
         for turn in range(options.rounds):
             for engine in rotated(engines, turn):

@@ -166,7 +166,7 @@ def lcm() -> diffusers.LatentConsistencyModelPipeline:
 
 
 def sd_turbo() -> diffusers.StableDiffusionPipeline:
-    """SD-Turbo: Stable Diffusion 2.1's networks (linear projections, heads by level, gelu), Euler on a trailing grid."""
+    """SD-Turbo: networks of Stable Diffusion 2.1 (linear projections, heads by level, gelu), Euler, trailing."""
     words = tokenizer(pad="!</w>")
     return diffusers.StableDiffusionPipeline(
         unet=unet(**ONE_LEVEL, use_linear_projection=True, attention_head_dim=(4,)),
