@@ -103,34 +103,31 @@ def unet(config: dict[str, Any]) -> Any:
     return made
 
 
-def lcm() -> Any:
-    """LCM in Stable Diffusion 1.5's shape: 860 M, guidance embedded; AutoencoderKL; CLIP ViT-L."""
+def stable_diffusion(kind: Any, shape: dict[str, Any], vae: Any, scheduler: Any) -> Any:
+    """A pipeline with CLIP ViT-L and nothing that checks or prepares pictures."""
     ids = words()
-    return diffusers.LatentConsistencyModelPipeline(
-        unet=unet(SD15),
-        vae=autoencoder_kl(),
+    return kind(
+        unet=unet(shape),
+        vae=vae,
         text_encoder=clip(CLIPTextModel, ids, 768),
         tokenizer=ids,
-        scheduler=diffusers.LCMScheduler(**tiny.BETAS),
+        scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
+
+
+def lcm() -> Any:
+    """LCM in Stable Diffusion 1.5's shape: 860 M, guidance embedded; AutoencoderKL."""
+    scheduler = diffusers.LCMScheduler(**tiny.BETAS)
+    return stable_diffusion(diffusers.LatentConsistencyModelPipeline, SD15, autoencoder_kl(), scheduler)
 
 
 def bk_tiny() -> Any:
-    """BK-SDM-Tiny's shape, 323 M, with a one-step contract; AutoencoderTiny; CLIP ViT-L."""
-    ids = words()
-    return diffusers.StableDiffusionPipeline(
-        unet=unet(BK_SDM_TINY),
-        vae=autoencoder_tiny(),
-        text_encoder=clip(CLIPTextModel, ids, 768),
-        tokenizer=ids,
-        scheduler=diffusers.EulerDiscreteScheduler(timestep_spacing="trailing", **tiny.BETAS),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    """BK-SDM-Tiny's shape, 323 M, with a one-step contract; AutoencoderTiny."""
+    scheduler = diffusers.EulerDiscreteScheduler(timestep_spacing="trailing", **tiny.BETAS)
+    return stable_diffusion(diffusers.StableDiffusionPipeline, BK_SDM_TINY, autoencoder_tiny(), scheduler)
 
 
 def sdxl(divisor: int = 1) -> Any:

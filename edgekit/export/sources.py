@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+from edgekit import __version__
+from edgekit.bundle.files import sha256_tree
+from edgekit.bundle.manifest import Provenance
 from edgekit.errors import BadSource
 
 INDEX_LIMIT = 16 * 2**20
@@ -103,3 +107,14 @@ def stated_licence(root: Path, config: Mapping[str, Any]) -> str:
     if stated == "other":
         stated = fields.get("license_name", fields.get("license_link", stated))
     return stated if isinstance(stated, str) and stated else "unknown"
+
+
+def provenance(source: Source, packages: Sequence[str], loras: tuple[str, ...] = ()) -> Provenance:
+    """Where a bundle's graphs come from, and the installed packages, by name, that made it."""
+    return Provenance(
+        source=source.root.resolve().name,
+        source_sha256=sha256_tree(source.root),
+        licence=stated_licence(source.root, source.index),
+        tools={"edgekit": __version__, **{name: version(name) for name in packages}},
+        loras=loras,
+    )

@@ -10,7 +10,6 @@ from typing import Literal
 
 import msgspec
 
-from edgekit import __version__
 from edgekit.bundle.files import sha256_file, sha256_tree
 from edgekit.bundle.manifest import AxisRange, Gate, Manifest, Part, PrecisionRecord, Provenance, Tokenizer
 from edgekit.bundle.recipe import Recipe, Stage, Table
@@ -23,13 +22,14 @@ from edgekit.export.families.ip_adapter import with_image_prompt
 from edgekit.export.families.tiny import tiny_folder, with_tiny_decoder
 from edgekit.export.families.tokenizers import write_tokenizer
 from edgekit.export.plan import ExportPlan, PartPlan
-from edgekit.export.sources import Source, stated_licence
+from edgekit.export.sources import Source, provenance
 from edgekit.export.worker import Event, Lora, Task, run_task
 
 Progress = Callable[[str, float], None]
 
 FLOAT_BYTES = 4
 GROUP_BYTES = 512 * 2**20  # parts up to this much together share a child; starting torch costs seconds
+TOOLS = ("torch", "diffusers", "transformers", "onnxscript", "onnx-ir", "onnxruntime")
 BASE_BYTES = 768 * 2**20  # a child's peak over its weights: 0.70 GiB measured (benchmarks/export_diffusion.py)
 STAGES = {"load": 0.0, "reference": 0.1, "trace": 0.15, "write": 0.75, "compare": 0.85}  # share of a part's time before
 
@@ -287,19 +287,5 @@ def _notes(source: Source, jobs: tuple[PartJob, ...], options: DiffusionOptions)
 
 
 def _provenance(source: Source, options: DiffusionOptions) -> Provenance:
-    return Provenance(
-        source=source.root.resolve().name,
-        source_sha256=sha256_tree(source.root),
-        licence=stated_licence(source.root, source.index),
-        tools=_tools(),
-        loras=tuple(
-            f"{Path(each.path).name} sha256:{sha256_file(Path(each.path))} x{each.scale:g}" for each in options.loras
-        ),
-    )
-
-
-def _tools() -> dict[str, str]:
-    from importlib.metadata import version
-
-    names = ("torch", "diffusers", "transformers", "onnxscript", "onnx-ir", "onnxruntime")
-    return {"edgekit": __version__, **{name: version(name) for name in names}}
+    told = (f"{Path(each.path).name} sha256:{sha256_file(Path(each.path))} x{each.scale:g}" for each in options.loras)
+    return provenance(source, TOOLS, tuple(told))

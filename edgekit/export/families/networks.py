@@ -6,95 +6,25 @@ the part's inputs in order and returns its outputs in order. Only safetensors on
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from edgekit.errors import BadSource
+from edgekit.export.families.networks_base import Part, from_diffusers, from_transformers, streamed
 from edgekit.export.families.parts import Autoencoder
-from edgekit.export.families.weights import variant_of, weight_files
-from edgekit.export.headers import read_header
 from edgekit.export.sources import read_json
-
-STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
-
-
-def _from_diffusers(name: str, folder: Path) -> Any:
-    import diffusers
-
-    model = getattr(diffusers, name).from_pretrained(
-        folder, torch_dtype=torch.float32, variant=variant_of(folder), use_safetensors=True, local_files_only=True
-    )
-    return model.eval()
-
-
-def _streamed_unet(folder: Path) -> Any:
-    """A UNet with its weights read one by one: from_pretrained holds the stored and the widened copy at once.
-
-    Raises:
-        BadSource: the files hold other weights than the config asks for.
-    """
-    import accelerate
-    from diffusers import UNet2DConditionModel
-
-    with accelerate.init_empty_weights():
-        model = UNet2DConditionModel.from_config(read_json(folder / "config.json"))
-    awaited = {name: parameter.shape for name, parameter in model.named_parameters()}
-    for path in weight_files(folder):
-        for name, tensor in _tensors(path):
-            if awaited.pop(name, None) != tensor.shape:
-                raise BadSource(f"{path}: {name} {tuple(tensor.shape)} is no weight of the unet its config describes")
-            module, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(module), leaf, nn.Parameter(tensor, requires_grad=False))
-    if awaited:
-        raise BadSource(f"{folder}: {len(awaited)} weights are missing, among them {next(iter(awaited))}")
-    return model.eval()
-
-
-def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a safetensors file in float32, each read when asked for and then let go."""
-    for name, entry in read_header(path).entries.items():
-        if entry.dtype not in STORED:
-            raise BadSource(f"{path}: {name} is stored as {entry.dtype}; weights must be {', '.join(STORED)}")
-        raw = np.fromfile(path, np.uint8, entry.nbytes, offset=entry.offset)
-        yield name, torch.from_numpy(raw).view(STORED[entry.dtype]).reshape(entry.shape).to(torch.float32)
-
-
-def _clip(name: str, folder: Path) -> Any:
-    import transformers
-
-    # eager: plain softmax, without the IsNaN guard that fused attention decomposes to
-    model = getattr(transformers, name).from_pretrained(
-        folder,
-        dtype=torch.float32,
-        variant=variant_of(folder),
-        use_safetensors=True,
-        local_files_only=True,
-        attn_implementation="eager",
-    )
-    return model.eval()
-
-
-class Part(nn.Module):  # type: ignore[misc]
-    """A component behind a graph's signature; `inner` is what LoRA files and attention processors address."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner: Any = inner
 
 
 class UNet(Part):
     """UNet2DConditionModel, and whatever it is conditioned on: its config says which inputs there are."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(_streamed_unet(folder))
+        super().__init__(streamed("UNet2DConditionModel", folder))
         config = self.inner.config
         self.joins = config.in_channels != config.out_channels  # inpainting: mask and masked latents join the sample
-        self.vae = _neighbour(folder) if self.joins else None
+        self.vae = autoencoder_beside(folder) if self.joins else None
 
     def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, *more: Tensor) -> Tensor:
         """Latent, time (batch,), text states to the prediction, shaped as the latent; inputs in edgekit's order.
@@ -125,7 +55,7 @@ class ControlNet(Part):
     """ControlNetModel (Zhang et al. 2023): a copy of the UNet's first half that sees a control picture."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(_from_diffusers("ControlNetModel", folder))
+        super().__init__(from_diffusers("ControlNetModel", folder))
 
     def forward(
         self,
@@ -151,7 +81,7 @@ def _text(config: Any, states: Tensor, rest: list[Tensor]) -> tuple[Tensor, dict
     return torch.cat([states, second], dim=-1), {"text_embeds": pooled, "time_ids": time_ids}
 
 
-def _neighbour(folder: Path) -> Autoencoder:
+def autoencoder_beside(folder: Path) -> Autoencoder:
     """The autoencoder beside a component."""
     config = read_json(folder.parent / "vae" / "config.json")
     return Autoencoder.of(str(config.get("_class_name")), config)
@@ -161,7 +91,7 @@ class LastHidden(Part):
     """CLIP text model: ids (batch, length) to the last hidden state."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(_clip("CLIPTextModel", folder))
+        super().__init__(from_transformers("CLIPTextModel", folder, "eager"))
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """(batch, length) to (batch, length, width), after the final layer norm."""
@@ -182,7 +112,7 @@ class PenultimateAndPooled(Part):
     """SDXL's second text encoder: the hidden state before the last layer, and the projected pooled one."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(_clip("CLIPTextModelWithProjection", folder))
+        super().__init__(from_transformers("CLIPTextModelWithProjection", folder, "eager"))
 
     def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         """(batch, length) to (batch, length, width) and (batch, projection)."""
@@ -203,7 +133,7 @@ class Decoder(Part):
     """AutoencoderKL's way from latents to pictures."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(_from_diffusers("AutoencoderKL", folder))
+        super().__init__(from_diffusers("AutoencoderKL", folder))
         self.inner.encoder = None
 
     def forward(self, latent_sample: Tensor) -> Tensor:
@@ -216,7 +146,7 @@ class MeanEncoder(Part):
     """AutoencoderKL's way from pictures to the mean of their latents."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(_from_diffusers("AutoencoderKL", folder))
+        super().__init__(from_diffusers("AutoencoderKL", folder))
         self.inner.decoder = None
 
     def forward(self, sample: Tensor) -> Tensor:
@@ -229,7 +159,7 @@ class TinyDecoder(Decoder):
     """AutoencoderTiny's decoder (TAESD)."""
 
     def __init__(self, folder: Path) -> None:
-        Part.__init__(self, _from_diffusers("AutoencoderTiny", folder))
+        Part.__init__(self, from_diffusers("AutoencoderTiny", folder))
         self.inner.encoder = None
 
 
@@ -237,7 +167,7 @@ class TinyEncoder(Part):
     """AutoencoderTiny's encoder (TAESD)."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(_from_diffusers("AutoencoderTiny", folder))
+        super().__init__(from_diffusers("AutoencoderTiny", folder))
         self.inner.decoder = None
 
     def forward(self, sample: Tensor) -> Tensor:

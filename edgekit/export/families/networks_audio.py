@@ -13,8 +13,7 @@ from torch.nn import functional
 from torch.nn.utils import parametrize
 
 from edgekit.errors import BadSource
-from edgekit.export.families.networks import Part, _streamed_unet, _tensors
-from edgekit.export.families.networks_text import from_transformers
+from edgekit.export.families.networks_base import Part, from_transformers, streamed, tensors
 from edgekit.export.families.weights import weight_files
 from edgekit.export.sources import read_json
 
@@ -40,7 +39,7 @@ class LabelledUNet(Part):
     """UNet2DConditionModel on a vector of the text beside its time; its attention sees nothing but the sample."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(_streamed_unet(folder))
+        super().__init__(streamed("UNet2DConditionModel", folder))
 
     def forward(self, sample: Tensor, timestep: Tensor, class_labels: Tensor) -> Tensor:
         """Latent (batch, channels, length, width), time (batch,), vector (batch, projection) to the prediction."""
@@ -69,7 +68,7 @@ def _hifigan(folder: Path) -> Any:
     from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig
 
     model = SpeechT5HifiGan(SpeechT5HifiGanConfig(**read_json(folder / "config.json")))
-    stored = {_spelled(name): tensor for path in weight_files(folder) for name, tensor in _tensors(path)}
+    stored = {_spelled(name): tensor for path in weight_files(folder) for name, tensor in tensors(path)}
     normed = any(name.endswith(LENGTH) for name in stored)
     if normed:
         model.apply_weight_norm()

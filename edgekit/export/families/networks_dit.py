@@ -14,44 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from edgekit.errors import BadSource
-from edgekit.export.families.networks import Part, _tensors
-from edgekit.export.families.weights import weight_files
-from edgekit.export.sources import read_json
-
-
-def streamed(name: str, folder: Path) -> Any:
-    """A diffusers model with its weights read one by one: from_pretrained holds the stored and widened copy at once.
-
-    Raises:
-        BadSource: the files hold other weights than the config asks for.
-    """
-    import accelerate
-    import diffusers
-
-    with accelerate.init_empty_weights(include_buffers=False):
-        model = getattr(diffusers, name).from_config(read_json(folder / "config.json"))
-    read_into(model, folder, name)
-    return model.eval()
-
-
-def read_into(model: nn.Module, folder: Path, name: str) -> None:
-    """Give a model without weights those of a component's files, one by one and in float32.
-
-    Raises:
-        BadSource: the files hold other weights than the model, `name`, has.
-    """
-    awaited = {key: value.shape for key, value in model.state_dict().items()}
-    buffers = {key for key, _ in model.named_buffers()}
-    for path in weight_files(folder):
-        for key, tensor in _tensors(path):
-            if awaited.pop(key, None) != tensor.shape:
-                raise BadSource(f"{path}: {key} {tuple(tensor.shape)} is no weight of the {name} its config describes")
-            module, _, leaf = key.rpartition(".")
-            kept = tensor if key in buffers else nn.Parameter(tensor, requires_grad=False)
-            setattr(model.get_submodule(module), leaf, kept)
-    if missing := awaited.keys() - buffers:
-        raise BadSource(f"{folder}: {len(missing)} weights are missing, among them {min(missing)}")
+from edgekit.export.families.networks_base import Part, streamed
 
 
 class SinCosPatches(nn.Module):  # type: ignore[misc]

@@ -13,14 +13,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from edgekit.export.families.ip_adapter import CLIP_MEAN, CLIP_STD, PROJECTION, cross_attentions
-from edgekit.export.families.networks import Part, UNet, _clip, _tensors
+from edgekit.export.families.networks import UNet
+from edgekit.export.families.networks_base import Part, from_transformers, tensors
 
 
 class PromptPicture(Part):
     """CLIP's picture tower on a square that is cut and sized already."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(_clip("CLIPVisionModelWithProjection", folder))
+        super().__init__(from_transformers("CLIPVisionModelWithProjection", folder, "eager"))
         self.mean, self.std = (torch.tensor(row)[:, None, None] for row in (CLIP_MEAN, CLIP_STD))
 
     def forward(self, image: Tensor) -> Tensor:
@@ -91,7 +92,7 @@ class PromptedUNet(UNet):
 
     def __init__(self, folder: Path, adapter: Path) -> None:
         super().__init__(folder)
-        weights = dict(_tensors(adapter))
+        weights = dict(tensors(adapter))
         self.projection = Projection(*(weights[name] for name in PROJECTION))
         self._seen = Seen()
         for number, name in enumerate(cross_attentions(folder)):

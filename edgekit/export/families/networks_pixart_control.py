@@ -22,8 +22,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from edgekit.export.families.networks import _neighbour
-from edgekit.export.families.networks_dit import PixArt, read_into
+from edgekit.export.families.networks import autoencoder_beside
+from edgekit.export.families.networks_base import read_into
+from edgekit.export.families.networks_dit import PixArt
 from edgekit.export.sources import read_json
 
 
@@ -74,7 +75,7 @@ class ControlledPixArt(PixArt):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self.controlnet = ControlBlocks(folder.parent / "controlnet", self.inner).eval()
-        self.vae = _neighbour(folder)
+        self.vae = autoencoder_beside(folder)
 
     def forward(
         self,

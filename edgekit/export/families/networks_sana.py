@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from edgekit.export.families.networks import Part
-from edgekit.export.families.networks_dit import SinCosPatches, streamed
+from edgekit.export.families.networks_base import Part, streamed
+from edgekit.export.families.networks_dit import SinCosPatches
 
 SMALLEST = 1e-15  # of a sum of weights
 

@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgekit.export.families.networks import Part, _from_diffusers
+from edgekit.export.families.networks_base import Part, from_diffusers, from_transformers
 from edgekit.export.families.networks_video import plain_repeats
 from edgekit.export.families.svd import CLIP_SIDE
-from edgekit.export.families.weights import variant_of
 from edgekit.export.sources import read_json
 
 LEAST_SIGMA = 0.001  # of the blur, in pixels: none to speak of, where nothing is made smaller
@@ -26,18 +25,7 @@ class ImageEncoder(Part):
     """CLIP's picture tower on the given picture, resized and normalised as the pipeline does it."""
 
     def __init__(self, folder: Path) -> None:
-        import transformers
-
-        super().__init__(
-            transformers.CLIPVisionModelWithProjection.from_pretrained(
-                folder,
-                dtype=torch.float32,
-                variant=variant_of(folder),
-                use_safetensors=True,
-                local_files_only=True,
-                attn_implementation="eager",
-            ).eval()
-        )
+        super().__init__(from_transformers("CLIPVisionModelWithProjection", folder, "eager"))
         config = read_json(folder.parent / "feature_extractor" / "preprocessor_config.json")
         self.mean, self.std = (torch.tensor(config[key])[:, None, None] for key in ("image_mean", "image_std"))
 
@@ -98,7 +86,7 @@ class NoisedEncoder(Part):
     """The autoencoder's mean of a picture with a little noise on it, unscaled: what every frame is joined with."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(_from_diffusers("AutoencoderKLTemporalDecoder", folder))
+        super().__init__(from_diffusers("AutoencoderKLTemporalDecoder", folder))
         self.inner.decoder = None
 
     def forward(self, sample: Tensor, noise: Tensor, added_time_ids: Tensor) -> Tensor:
@@ -112,7 +100,7 @@ class FramesUNet(Part):
     """UNetSpatioTemporalConditionModel: frames joined with the picture's latents, told the picture's embedding."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(_from_diffusers("UNetSpatioTemporalConditionModel", folder))
+        super().__init__(from_diffusers("UNetSpatioTemporalConditionModel", folder))
 
     def forward(
         self, sample: Tensor, timestep: Tensor, image_embeds: Tensor, image_latents: Tensor, added_time_ids: Tensor
@@ -134,7 +122,7 @@ class FramesDecoder(Part):
     """The autoencoder's decoder, which smooths over the frames of one video."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(_from_diffusers("AutoencoderKLTemporalDecoder", folder))
+        super().__init__(from_diffusers("AutoencoderKLTemporalDecoder", folder))
         self.inner.encoder = None
 
     def forward(self, latent_sample: Tensor) -> Tensor:

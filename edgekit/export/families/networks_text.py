@@ -7,29 +7,12 @@ evaluation mode whose `forward` takes the part's inputs in order. Only safetenso
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from edgekit.export.families.networks import Part
-from edgekit.export.families.weights import variant_of
+from edgekit.export.families.networks_base import Part, from_transformers
 from edgekit.export.sources import read_json
-
-
-def from_transformers(name: str, folder: Path, attention: str = "sdpa") -> Any:
-    """A transformers model by class name; `sdpa` attention leaves one operator each, which the exporter catches."""
-    import transformers
-
-    model = getattr(transformers, name).from_pretrained(
-        folder,
-        dtype=torch.float32,
-        variant=variant_of(folder),
-        use_safetensors=True,
-        local_files_only=True,
-        attn_implementation=attention,
-    )
-    return model.eval()
 
 
 class T5(Part):

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from edgekit.export.families.networks import Part, _from_diffusers
+from edgekit.export.families.networks_base import Part, from_diffusers
 
 CROP, AESTHETIC = (0.0, 0.0), 6.0  # AmusedPipeline's default micro-conditions: no crop, and a score people like
 
@@ -19,7 +19,7 @@ class UViT(Part):
     """UVit2DModel of aMUSEd (Patil et al. 2024): tokens of a square picture, some of them masked, to logits."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(_from_diffusers("UVit2DModel", folder))
+        super().__init__(from_diffusers("UVit2DModel", folder))
         self.side = int(self.inner.config.sample_size)
 
     def forward(self, input_ids: Tensor, encoder_hidden_states: Tensor, text_embeds: Tensor, size: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ class TokenDecoder(Part):
     """VQModel's way from ids of codebook vectors to pictures."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(_from_diffusers("VQModel", folder))
+        super().__init__(from_diffusers("VQModel", folder))
         self.inner.encoder = None
 
     def forward(self, input_ids: Tensor) -> Tensor:

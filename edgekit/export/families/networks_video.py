@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from edgekit.errors import BadSource
-from edgekit.export.families.networks import Part, _from_diffusers
+from edgekit.export.families.networks_base import Part, from_diffusers
 
 
 @contextlib.contextmanager
@@ -39,7 +39,7 @@ class MotionUNet(Part):
     """UNetMotionModel: Stable Diffusion's UNet with attention over time (AnimateDiff, Guo et al. 2024)."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(_from_diffusers("UNetMotionModel", folder))
+        super().__init__(from_diffusers("UNetMotionModel", folder))
 
     def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
         """Latents (batch, channels, frames, height, width), time (batch,) and text states to the prediction."""
@@ -59,8 +59,8 @@ class AdaptedUNet(MotionUNet):
     def __init__(self, folder: Path) -> None:
         from diffusers import UNetMotionModel
 
-        unet = _from_diffusers("UNet2DConditionModel", folder)
-        adapter = _from_diffusers("MotionAdapter", folder.parent / "motion_adapter")
+        unet = from_diffusers("UNet2DConditionModel", folder)
+        adapter = from_diffusers("MotionAdapter", folder.parent / "motion_adapter")
         try:
             joined = UNetMotionModel.from_unet2d(unet, adapter)
         except (ValueError, RuntimeError) as why:

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from edgekit.export.families.networks import Part
-from edgekit.export.families.networks_dit import streamed
+from edgekit.export.families.networks_base import Part, streamed
 
 BLOCK = 32  # diffusers' SEQ_MULTI_OF: prompts and pictures are padded to multiples of it
 PATCH = 2

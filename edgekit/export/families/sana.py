@@ -9,13 +9,14 @@ from __future__ import annotations
 from typing import Any
 
 from edgekit.bundle.recipe import Call, Decode, Denoise, Grid, Guidance, Init, Recipe, Sampler, Stage
-from edgekit.errors import BadSource
+from edgekit.errors import BadManifest, BadSource
 from edgekit.export.families import Family, PartJob, PromptTokenizer
 from edgekit.export.families.dit import HEIGHT, PART, WIDTH, denoiser_job
 from edgekit.export.families.parts import BATCH, component, f32
 from edgekit.export.families.schedulers import refuse, scheduler_config
 from edgekit.export.families.texts import text_job
 from edgekit.export.sources import Source
+from edgekit.runtime.tokenizer import Tokenizer
 
 NETWORKS = "edgekit.export.families.networks_sana"
 LEGAL_STEPS = (1, 2, 3, 4)
@@ -121,16 +122,12 @@ def tokenizers(source: Source) -> dict[str, PromptTokenizer]:
 
 def _length(source: Source) -> int:
     """Ids of instruction and prompt together, as the pipeline counts them. Raises BadSource."""
-    from tokenizers import Tokenizer
-
     path = source.root / "tokenizer" / "tokenizer.json"
     try:
-        words = Tokenizer.from_file(str(path))
-    except Exception as why:  # tokenizers raises nothing narrower
+        words = Tokenizer.from_file(path)
+    except (OSError, BadManifest) as why:
         raise BadSource(f"{path}: {why}; save the tokenizer with transformers, which writes that file") from why
-    words.no_truncation()
-    words.no_padding()
-    return len(words.encode(INSTRUCTION).ids) + KEPT - 2
+    return len(words.encode(INSTRUCTION)) + KEPT - 2
 
 
 def _factor(vae: dict[str, Any]) -> int:

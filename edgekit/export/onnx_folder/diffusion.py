@@ -5,15 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
-from edgekit import __version__
-from edgekit.bundle.files import sha256_tree
-from edgekit.bundle.manifest import FORMAT, Gate, Manifest, Part, PrecisionRecord, Provenance
+from edgekit.bundle.manifest import FORMAT, Gate, Manifest, Part, PrecisionRecord
 from edgekit.bundle.recipe import Recipe
 from edgekit.errors import BadSource, IllegalSteps, UnsupportedModel
 from edgekit.export.families import Family, PartJob, family_of
@@ -23,7 +20,7 @@ from edgekit.export.onnx_folder.graphs import find_graph, graph_names
 from edgekit.export.onnx_folder.match import STATES, TIME, Adoption, match
 from edgekit.export.onnx_folder.probe import Probe, finest_multiple, prove
 from edgekit.export.plan import ExportPlan, PartPlan
-from edgekit.export.sources import Source, stated_licence
+from edgekit.export.sources import Source, provenance
 from edgekit.runtime.backends.devices import engine
 
 Progress = Callable[[str, float], None]
@@ -122,10 +119,9 @@ def _within(progress: Progress, name: str, start: float, end: float) -> Progress
     return tell
 
 
-def tools() -> dict[str, str]:
-    """What made a bundle of a ready-made folder, with versions."""
-    found = engine()
-    return {"edgekit": __version__, "onnx": version("onnx"), "onnx-ir": version("onnx-ir"), found.wheel: found.version}
+def tools() -> tuple[str, ...]:
+    """The packages that make a bundle of a ready-made folder."""
+    return ("onnx", "onnx-ir", engine().wheel)
 
 
 def _prepare(source: Source, options: FolderOptions) -> _Prepared:
@@ -302,12 +298,7 @@ def _manifest(
         family=ready.family.name,
         parts=parts,
         files=(),
-        provenance=Provenance(
-            source=source.root.resolve().name,
-            source_sha256=sha256_tree(source.root),
-            licence=stated_licence(source.root, source.index),
-            tools=tools(),
-        ),
+        provenance=provenance(source, tools()),
         precision=PrecisionRecord(requested="fp32", gates=gates),
         tokenizers={
             name: write_tokenizer(source, asked, staging / asked.folder / "tokenizer.json", staging)

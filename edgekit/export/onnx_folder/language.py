@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from edgekit.bundle.files import sha256_tree
 from edgekit.bundle.graphfile import GraphTensor
 from edgekit.bundle.manifest import (
     FORMAT,
@@ -21,7 +20,6 @@ from edgekit.bundle.manifest import (
     Manifest,
     Part,
     PrecisionRecord,
-    Provenance,
     TensorSpec,
 )
 from edgekit.errors import BadSource, ParityFailed, UnsupportedModel
@@ -32,7 +30,7 @@ from edgekit.export.onnx_folder.diffusion import BASE_BYTES, SHARE, tools
 from edgekit.export.onnx_folder.graphs import AGAIN, FoundGraph, find_graph, graph_names
 from edgekit.export.onnx_folder.probe import LIMITS, apart
 from edgekit.export.plan import ExportPlan, PartPlan
-from edgekit.export.sources import Source, stated_licence
+from edgekit.export.sources import Source, provenance
 from edgekit.runtime.backends import Session, open_session
 from edgekit.runtime.llm.probe import filler
 from edgekit.runtime.llm.tree import TokenTree
@@ -115,12 +113,7 @@ def adopt_decoder(source: Source, staging: Path, *, dialect: Literal["ort", "std
         family=_family(ready.config),
         parts={PART: part},
         files=(),
-        provenance=Provenance(
-            source=source.root.resolve().name,
-            source_sha256=sha256_tree(source.root),
-            licence=stated_licence(source.root, source.index),
-            tools=tools(),
-        ),
+        provenance=provenance(source, tools()),
         precision=PrecisionRecord(requested="fp32", gates=gates),
         axes=_axes(ready.decoding.context_length),
         tokenizers={"default": tokenizer},

@@ -120,6 +120,11 @@ class Contract:
         return self.draws and self.main.init.kind == "noise" and self.main.init.encode is not None
 
     @property
+    def is_seen(self) -> bool:
+        """Whether what decoders give are pictures; a spectrogram is not counted in pixels, tiled or shown."""
+        return self.recipe.media.kind != "audio"
+
+    @property
     def needs_picture(self) -> bool:
         """Whether nothing can be drawn without a picture."""
         return bool({"@image", "@original", "@masked_image"} & set(self.sources())) or (
@@ -171,7 +176,7 @@ class Contract:
             raise BadRequest("this bundle has no small decoder; leave `tiny` out")
         if request.tile is not None and not any(stage.decode for stage in self.recipe.stages):
             raise BadRequest("this bundle decodes nothing, so there is nothing to tile; leave `tile` out")
-        if request.tile is not None and self.recipe.media.kind == "audio":
+        if request.tile is not None and not self.is_seen:
             raise BadRequest("this bundle makes sound, which is not drawn in tiles; leave `tile` out")
 
     def _small_decoder(self) -> Decode | None:

@@ -283,7 +283,7 @@ class Drawing:
         if decode is None:
             return x
         self._networks.phase([decode.part])
-        if self._contract.recipe.media.kind == "audio":  # a spectrogram is no picture, and is not counted in pixels
+        if not self._contract.is_seen:
             return decoded(stage, decode, x, self._sources, self._networks, self._meter)
         tile, at_once, axis = self._used.tile, None, frames_axis(stage)
         if x.ndim == 4 or (axis is not None and x.ndim == 5):
@@ -298,7 +298,7 @@ class Drawing:
         return decoded(stage, decode, x, self._sources, self._networks, self._meter, tile, at_once)
 
     def _previewer(self, stage: Stage) -> Callable[[Array], Array]:
-        if self._contract.recipe.media.kind == "audio":  # nothing to look at, even where a spectrogram is decoded
+        if not self._contract.is_seen:
             return lambda _: np.zeros(0)
         return lambda x: decoded(stage, small_decoder(stage.decode), x, self._sources, self._networks, self._meter)
 
