@@ -7,8 +7,11 @@ EdgekitError                     1   anything that is not one of these is a defe
     UnknownFamily                    no exporter for this kind of model
     UnsupportedModel                 a known family with a feature the exporter refuses by name
     BadSource                        a model folder that is incomplete or malformed
+    BudgetTooSmall                   no choice of precisions keeps within the limits asked for
   GateFailed                     3   the result was made and is not good enough
     ParityFailed                     an exported part does not answer like its source
+    PlanRefused                      a precision plan that breaks its budget, a cap, or is slower and worse
+    KernelsMissing                   the engine did not fuse what a precision plan counts on
   DeviceError                    4   the machine cannot do it
     UnknownDevice                    no backend has this name
     DeviceMissing                    the backend is not installed, or gave another device than asked
@@ -24,6 +27,7 @@ EdgekitError                     1   anything that is not one of these is a defe
     MissingFile, ExtraFile           the folder and the manifest disagree
     WrongSize, WrongHash             a file's bytes are not the declared ones
     UnfedInput                       a graph input that nothing feeds
+    ForeignInput                     an input is not the one a graph was quantized with
     TableMismatch                    the shipped coefficient table is not the recipe's
   NetworkError                   6   the other side did not answer
 """
@@ -61,6 +65,10 @@ class BadSource(UsageError):
     """A model folder that is incomplete or malformed."""
 
 
+class BudgetTooSmall(UsageError):
+    """No choice of precisions keeps within the bytes, milliseconds and errors asked for."""
+
+
 class GateFailed(EdgekitError):
     """The result was made and is not good enough."""
 
@@ -69,6 +77,14 @@ class GateFailed(EdgekitError):
 
 class ParityFailed(GateFailed):
     """An exported part does not answer like its source."""
+
+
+class PlanRefused(GateFailed):
+    """A precision plan that breaks its budget or a cap, is slower and worse, or that one choice for all beats."""
+
+
+class KernelsMissing(GateFailed):
+    """The engine did not fuse what a precision plan counts on: it runs as floats between conversions."""
 
 
 class DeviceError(EdgekitError):
@@ -141,6 +157,10 @@ class WrongHash(BundleError):
 
 class UnfedInput(BundleError):
     """A graph input that neither recipe nor decoding block feeds."""
+
+
+class ForeignInput(BundleError):
+    """A guard of a quantized graph found an input that its constants were not computed from."""
 
 
 class TableMismatch(BundleError):

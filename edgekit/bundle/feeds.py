@@ -98,7 +98,7 @@ def check_feeds(manifest: Manifest) -> None:
         part = _check_run(manifest, run, given)
         used.add(run.part)
         if run.gives:
-            given |= {f"{run.part}.{spec.name}" for spec in part.outputs}
+            given |= {f"{run.part}.{name}" for name in part.answers}
     if manifest.decoding is not None:
         check_decoding(manifest, manifest.decoding)
         used.add(manifest.decoding.part)
@@ -131,6 +131,8 @@ def check_decoding(manifest: Manifest, decoding: Decoding) -> None:
             raise UnfedInput(f"parts.{decoding.part}: the {decoding.dialect} dialect does not feed {name!r}")
     _require(f"parts.{decoding.part}.inputs", required, inputs)
     _require(f"parts.{decoding.part}.inputs", {name: kv for name in biases if name in inputs}, inputs)
+    if guards := [name for name in outputs if name not in part.answers]:
+        raise BadManifest(f"parts.{decoding.part}.outputs: nothing reads {', '.join(guards)} of a language model")
     _require(f"parts.{decoding.part}.outputs", {"logits": "float32"}, outputs)
     _require(f"parts.{decoding.part}.outputs", {f"present.{cache}": kv for cache in caches}, outputs)
     _check_kv_shapes(decoding, part)
@@ -221,7 +223,7 @@ def _check_run(manifest: Manifest, run: _Run, given: set[str]) -> Part:
         if name not in inputs:
             raise BadManifest(f"{run.where} feeds {name!r}, but {run.part} takes {', '.join(inputs) or 'nothing'}")
         _check_source(manifest, run, name, source, given)
-    if run.output is not None and run.output not in [spec.name for spec in part.outputs]:
+    if run.output is not None and run.output not in part.answers:
         raise BadManifest(f"{run.where} takes {run.output!r}, which is not an output of {run.part}")
     return part
 

@@ -16,6 +16,8 @@ FORMAT = 1
 MANIFEST_FILE = "edgekit.json"
 MAX_MANIFEST = 64 * 2**20  # bytes
 MAX_NESTING = 32  # brackets; a manifest of this format needs ten
+GUARD = "guard."  # an output `guard.<input>` says how far that input is from the one the graph was quantized with
+GUARD_LIMIT = 1e-3  # of such an output; half precision rounds by 5e-4
 
 DType = Literal["float32", "float16", "bfloat16", "int64", "int32", "uint8", "int8", "bool", "float64", "uint16"]
 Sha256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}$")]
@@ -63,6 +65,11 @@ class Part(Value, frozen=True):
     def __post_init__(self) -> None:
         for path in (self.graph, *self.data):
             check_path(path)
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """Names of the outputs that others may read: all but guards."""
+        return tuple(spec.name for spec in self.outputs if not spec.name.startswith(GUARD))
 
 
 class KVCacheLayout(Value, frozen=True):

@@ -12,7 +12,7 @@ from pathlib import PurePosixPath
 from edgekit.bundle.combinations import check_combinations
 from edgekit.bundle.feeds import check_feeds
 from edgekit.bundle.graphfile import ExternalData, GraphFile, GraphTensor
-from edgekit.bundle.manifest import MANIFEST_FILE, Manifest, Part, TensorSpec, parse
+from edgekit.bundle.manifest import GUARD, MANIFEST_FILE, Manifest, Part, TensorSpec, parse
 from edgekit.bundle.recipe import COLUMNS, TABLE_FREE, Recipe, Stage, Table
 from edgekit.errors import BadGraph, BadManifest, MissingFile, TableMismatch, UnsafePath, WrongSize
 
@@ -115,7 +115,7 @@ def _check_part(name: str, part: Part) -> None:
     for path in part.data:
         if PurePosixPath(path).parent != folder:
             raise UnsafePath(f"parts.{name}.data: {path} is not beside {part.graph}; a graph's data lies in its folder")
-    if not part.outputs:
+    if not part.answers:
         raise BadManifest(f"parts.{name} has no outputs, so nothing could use it")
     for kind, specs in (("inputs", part.inputs), ("outputs", part.outputs)):
         names = [spec.name for spec in specs]
@@ -123,6 +123,16 @@ def _check_part(name: str, part: Part) -> None:
             raise BadManifest(f"parts.{name}.{kind} names a tensor twice")
         for spec in specs:
             _check_elements(f"parts.{name}.{kind}.{spec.name}", (dim for dim in spec.shape if isinstance(dim, int)))
+    fed = {spec.name for spec in part.inputs}
+    for spec in part.outputs:
+        watches = spec.name.removeprefix(GUARD)
+        if watches == spec.name:
+            continue
+        if watches not in fed or spec.dtype != "float32" or spec.shape not in ((), (1,)):
+            raise BadManifest(
+                f"parts.{name}.outputs: {spec.name} is {spec.dtype} {spec.shape}; a guard is one float32 number, "
+                f"called {GUARD}<input> after one of {', '.join(sorted(fed)) or 'no inputs'}"
+            )
 
 
 def _check_elements(where: str, dims: Iterable[int]) -> None:

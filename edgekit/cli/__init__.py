@@ -8,13 +8,14 @@ import sys
 
 import click
 
-from edgekit.cli import demo, doctor, export, inspect, pair, recipes, run, terminal
+from edgekit.cli import demo, doctor, export, inspect, pair, plan, recipes, run, terminal
 
 CONTEXT = {"auto_envvar_prefix": "EDGEKIT", "help_option_names": ["-h", "--help"], "max_content_width": 100}
 EPILOG = """Every option can be set as EDGEKIT_VERB_OPTION. Exit codes: 0 ok, 1 failure, 2 usage, 3 gate failed,
 4 device, 5 integrity, 6 network, 130 interrupted."""
 VERBS = {
     "export": export.command,
+    "plan": plan.command,
     "run": run.command,
     "inspect": inspect.command,
     "pair": pair.command,

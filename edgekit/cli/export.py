@@ -25,8 +25,14 @@ if TYPE_CHECKING:
     "--precision",
     default="fp32",
     show_default=True,
-    help="fp32, fp16, int8, int8-128, int8-row, int4, int4-128, or auto: measure the last five here, take the fastest.",
+    help="fp32, fp16, int8, int8-128, int8-row, int4, int4-128; auto: measure the last five here, take the fastest; "
+    "mixed: every layer its own, by measured error, size and time.",
 )
+@click.option("--budget", multiple=True, help="Of mixed: 300MB, 4.5bits a weight, 20ms, or 0.6x the time. Repeatable.")
+@click.option("--metric-cap", multiple=True, help="Of mixed: most error, NAME=X (content, quality, kl). Repeatable.")
+@click.option("--plan", type=click.Path(path_type=Path), help="Of mixed: take the choices of this plan as they are.")
+@click.option("--protect", multiple=True, help="Of mixed: layers that keep floats, as a pattern. Repeatable.")
+@click.option("--calibration", type=click.Path(path_type=Path), help="Of mixed: prompts, text, or a picture folder.")
 @click.option("--tiny-vae", type=click.Path(path_type=Path), help="Small decoder to add, for previews and run --tiny.")
 @click.option("--lora", multiple=True, help="LoRA to fold in first, FILE[:SCALE]. Repeatable.")
 @click.option("--ip-adapter", type=click.Path(path_type=Path), help="IP-Adapter to add, for run --reference.")
@@ -43,6 +49,11 @@ def command(
     family: str | None,
     device: str,
     precision: str,
+    budget: tuple[str, ...],
+    metric_cap: tuple[str, ...],
+    plan: Path | None,
+    protect: tuple[str, ...],
+    calibration: Path | None,
     tiny_vae: Path | None,
     lora: tuple[str, ...],
     ip_adapter: Path | None,
@@ -71,6 +82,11 @@ def command(
             steps=steps,
             max_memory=None if max_memory is None else terminal.parse_bytes(max_memory),
             overwrite=force,
+            budgets=budget,
+            caps=metric_cap,
+            protect=protect,
+            plan=plan,
+            calibration=calibration,
         )
         if dry_run:
             _show_plan(build.plan(request), as_json=json)

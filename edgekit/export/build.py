@@ -6,7 +6,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -21,6 +21,7 @@ from edgekit.errors import BadRequest, BundleError, MemoryLimit, MissingPackage,
 from edgekit.export.memory import memory_cap
 from edgekit.export.plan import ExportPlan
 from edgekit.export.sources import Source, read_source
+from edgekit.quant.budget import parse_budget
 from edgekit.quant.precision import AUTO, PRECISIONS
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ NEEDS = {  # kind of source -> the extra, and the modules it brings
 }
 STAGES = {"reading": (0.0, 0.3), "writing": (0.3, 1.0)}  # of a language export: where each stands on the whole scale
 STAGES_OF_AUTO = {"measuring": (0.0, 0.6), "reading": (0.6, 0.7), "writing": (0.7, 1.0)}
+MIXED = "mixed"  # what a user types for a choice per layer, by measurement
+MIXED_NOTE = "sizes are those of the float export that mixed precision is measured on; the budget is on the result"
 PRECISION_NOTE = "precision"  # the note of a manifest that says why `auto` took what it took
 
 
@@ -67,6 +70,11 @@ class ExportRequest:
     steps: int | None = None
     max_memory: int | None = None
     overwrite: bool = False
+    budgets: tuple[str, ...] = ()
+    caps: tuple[str, ...] = ()
+    protect: tuple[str, ...] = ()
+    plan: Path | None = None
+    calibration: Path | None = None
 
     def __post_init__(self) -> None:
         if self.device not in DIALECTS:
@@ -75,18 +83,45 @@ class ExportRequest:
             raise BadRequest(f"--tiny-vae {self.tiny_vae}: no config.json there; name an AutoencoderTiny's folder")
         if self.ip_adapter is not None and not self.ip_adapter.is_file():
             raise BadRequest(f"--ip-adapter {self.ip_adapter}: no such file; name the adapter's *.safetensors file")
+        self._check_mixed()
         for lora in self.loras:
             if not lora.path.is_file():
                 raise BadRequest(f"--lora {lora.path}: no such file")
             if not math.isfinite(lora.scale):
                 raise BadRequest(f"--lora {lora.path}: {lora.scale} is no scale")
 
+    def _check_mixed(self) -> None:
+        """Raise BadRequest for an option of mixed precision without it, or one that cannot be read."""
+        given = {
+            "--budget": self.budgets,
+            "--metric-cap": self.caps,
+            "--protect": self.protect,
+            "--plan": self.plan,
+            "--calibration": self.calibration,
+        }
+        if self.precision == MIXED:
+            parse_budget(self.budgets, self.caps)
+        elif unused := [name for name, value in given.items() if value]:
+            raise BadRequest(f"{', '.join(unused)} is an option of --precision {MIXED}; add that, or leave it out")
+        for name, path in (("--plan", self.plan), ("--calibration", self.calibration)):
+            if path is not None and not path.exists():
+                raise BadRequest(f"{name} {path}: no such file")
+
+    def in_floats(self, target: Path) -> ExportRequest:
+        """The request that mixed precision starts from: the same source in fp32, to another place."""
+        return replace(
+            self, target=target, precision="fp32", budgets=(), caps=(), protect=(), plan=None, calibration=None
+        )
+
     def fingerprint(self) -> str:
         """Hash of all that decides the bundle's content: source and LoRA bytes, options, edgekit's version."""
-        told = (self.device, self.precision, self.family, self.steps, [lora.scale for lora in self.loras])
+        told: tuple[object, ...] = self.device, self.precision, self.family, self.steps
+        told += ([lora.scale for lora in self.loras],)
+        told += (self.budgets, self.caps, self.protect) if self.precision == MIXED else ()
         parts = [__version__, repr(told), sha256_tree(self.source)]
         parts += [] if self.tiny_vae is None else [sha256_tree(self.tiny_vae)]
         parts += [] if self.ip_adapter is None else [f"ip {_sha256_of_adapter(self.ip_adapter)}"]
+        parts += [f"{sha256_tree(each)}" for each in (self.plan, self.calibration) if each is not None]
         parts += [hashlib.sha256(lora.path.read_bytes()).hexdigest() for lora in self.loras]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
@@ -103,6 +138,9 @@ def plan(request: ExportRequest) -> ExportPlan:
     Raises:
         UsageError: whatever `export` would refuse before it loads a weight.
     """
+    if request.precision == MIXED:
+        planned = plan(request.in_floats(request.target))
+        return msgspec.structs.replace(planned, precision=MIXED, notes=(*planned.notes, MIXED_NOTE))
     source = read_source(request.source)
     _require(source)
     if source.weights == "onnx":
@@ -147,6 +185,10 @@ def export(request: ExportRequest, report: Report) -> Manifest:
         return made
     planned = plan(request)
     _check_target(request)
+    if request.precision == MIXED:
+        from edgekit.export.mixed import export_mixed
+
+        return export_mixed(request, export, report)
     if request.max_memory is not None and planned.peak_bytes > request.max_memory:
         need, cap = (f"{count / 1e6:,.1f} MB" for count in (planned.peak_bytes, request.max_memory))
         raise MemoryLimit(f"--max-memory is {cap}; this export needs about {need}. `--dry-run` shows what takes it")

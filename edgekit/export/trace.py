@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
 from collections.abc import Callable, Iterator
@@ -124,9 +125,25 @@ def _tidy(model: Any, job: PartJob) -> None:
     for value, spec in zip(model.graph.outputs, job.outputs, strict=True):
         _check_fixed(value, spec, job.part)
         value.shape = onnx_ir.Shape(spec.shape)
+    _name_products(model.graph)
     for holder in (model, model.graph, *onnx_ir.traversal.RecursiveGraphIterator(model.graph)):
         holder.metadata_props.clear()
         holder.doc_string = None
+
+
+def _name_products(graph: Any) -> None:
+    """Name what has weights after its module (`up_blocks.0.resnets.1.conv1`): plans and reports speak of it by that."""
+    taken = {node.name for node in graph}
+    for node in graph:
+        if node.op_type not in ("Conv", "MatMul", "Gemm", "Gather") or not any(
+            value is not None and value.is_initializer() for value in node.inputs
+        ):
+            continue
+        scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
+        name = scopes[-2].removeprefix("inner.") if len(scopes) > 1 else ""
+        if name and name not in taken:
+            taken.add(name)
+            node.name = name
 
 
 def _axis_names(inputs: Any, job: PartJob) -> dict[str, str]:

@@ -114,8 +114,8 @@ def block_scales(weight: Array, code_bits: int, block: int) -> Array:
     """One scale per block: float (N, K) -> float32 (N, blocks); a short last block is padded with zeros."""
     n, k = weight.shape
     scales = np.empty((n, -(-k // block)), np.float32)
-    for rows in _row_chunks(n, k):
-        scales[rows] = _scales_of(_blocked(weight[rows], block), code_bits)
+    for rows in row_chunks(n, k):
+        scales[rows] = _scales_of(blocked(weight[rows], block), code_bits)
     return scales
 
 
@@ -123,23 +123,23 @@ def pack_blocks(weight: Array, code_bits: int, block: int) -> Packed:
     """Round to nearest, half away from zero, in blocks along K: float (N, K) -> Packed codes."""
     n, k = weight.shape
     blocks = -(-k // block)
-    nibbles = code_bits == 4
-    values = np.empty((n, blocks, block // 2 if nibbles else block), np.uint8)
+    values = np.empty((n, blocks, block * _stored_bits(code_bits) // 8), np.uint8)
     scales = np.empty((n, blocks), np.float32)
-    for rows in _row_chunks(n, k):
-        blocked = _blocked(weight[rows], block)
-        scales[rows] = _scales_of(blocked, code_bits)
-        codes = _codes_of(blocked, scales[rows], code_bits)
+    for rows in row_chunks(n, k):
+        parts = blocked(weight[rows], block)
+        scales[rows] = _scales_of(parts, code_bits)
+        codes = round_codes(parts, scales[rows], code_bits)
         codes.reshape(len(codes), -1)[:, k:] = 0
-        values[rows] = codes[..., ::2] | (codes[..., 1::2] << 4) if nibbles else codes
+        values[rows] = pack_bits(codes, code_bits)
     return Packed(values, scales)
 
 
 def unpack_codes(values: Array, k: int, code_bits: int) -> Array:
     """Codes as signed integers: packed uint8 (N, blocks, bytes) -> int8 (N, K) in [-2**(bits-1), 2**(bits-1))."""
     n = len(values)
-    if code_bits == 4:
-        values = np.stack((values & 15, values >> 4), axis=-1)
+    stored = _stored_bits(code_bits)
+    if stored < 8:
+        values = np.stack([values >> shift & ((1 << stored) - 1) for shift in range(0, 8, stored)], axis=-1)
     # 2**(bits-1) is subtracted modulo 256, then read as signed.
     codes: Array = (values.reshape(n, -1)[:, :k] - np.uint8(1 << (code_bits - 1))).view(np.int8)
     return codes
@@ -154,12 +154,27 @@ def unpack_blocks(packed: Packed, k: int, code_bits: int, block: int) -> Array:
     return weight
 
 
-def _row_chunks(n: int, k: int) -> list[slice]:
+def pack_bits(codes: Array, code_bits: int) -> Array:
+    """Unsigned codes, 8 // bits of them a byte, low bits first: uint8 (..., m) -> uint8 (..., m * bits / 8)."""
+    bits = _stored_bits(code_bits)
+    packed: Array = codes[..., :: 8 // bits].copy()
+    for place in range(1, 8 // bits):
+        packed |= codes[..., place :: 8 // bits] << (place * bits)
+    return packed
+
+
+def _stored_bits(code_bits: int) -> int:
+    """Seven bits take a byte."""
+    return 8 if code_bits > 4 else code_bits
+
+
+def row_chunks(n: int, k: int) -> list[slice]:
+    """Rows to work on at a time, so that temporaries stay in cache."""
     step = max(1, _CHUNK // max(k, 1))
     return [slice(start, min(start + step, n)) for start in range(0, n, step)]
 
 
-def _blocked(rows: Array, block: int) -> Array:
+def blocked(rows: Array, block: int) -> Array:
     """Float (n, K) -> float32 (n, blocks, block), the end padded with zeros."""
     n, k = rows.shape
     short = -k % block
@@ -176,13 +191,17 @@ def _scales_of(blocked: Array, code_bits: int) -> Array:
     return scales
 
 
-def _codes_of(blocked: Array, scales: Array, code_bits: int) -> Array:
+def round_codes(parts: Array, scales: Array, code_bits: int, zeros: Array | np.float32 | None = None) -> Array:
+    """Nearest unsigned codes, half away from zero: (n, blocks, block), (n, blocks) -> uint8 (n, blocks, block).
+
+    `zeros` are the codes that mean 0, (n, blocks) or one for all; None is the middle.
+    """
     middle = np.float32(1 << (code_bits - 1))
     # A block of zeros, or of numbers so small that the inverse would overflow, rounds to zeros.
     usable = np.abs(scales) >= np.finfo(np.float32).tiny
     inverse = np.divide(np.float32(1), scales, out=np.zeros_like(scales), where=usable)
-    codes = blocked * inverse[..., None]
-    codes += middle
+    codes = parts * inverse[..., None]
+    codes += middle if zeros is None else np.asarray(zeros, np.float32)[..., None]
     codes += _JUST_BELOW_HALF
     np.clip(codes, 0, 2 * middle - 1, out=codes)
     whole: Array = codes.astype(np.uint8)

@@ -7,14 +7,14 @@ import mmap
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from edgekit.bundle.manifest import Manifest, TensorSpec
-from edgekit.errors import BadManifest, BadRequest, MemoryLimit
+from edgekit.bundle.manifest import GUARD, GUARD_LIMIT, Manifest, TensorSpec
+from edgekit.errors import BadManifest, BadRequest, ForeignInput, MemoryLimit
 from edgekit.runtime.backends import Array, Session
 
 OpenSession = Callable[..., Session]
@@ -60,9 +60,12 @@ class Networks:
     def run(self, name: str, feeds: Mapping[str, Array], meter: Meter) -> dict[str, Array]:
         """Run a part; every feed has the batch on axis 0, and so has every output, in float32 where it is a float.
 
+        Guards are held against their limit and are not among the outputs.
+
         Raises:
             BadRequest: a size or batch the graph was not exported for. SessionFailed: the engine refused.
             MemoryLimit: the run took more than `max_memory`.
+            ForeignInput: a guard says that an input is not the one this part was quantized with.
         """
         session = self._session(name, meter)
         inputs = {spec.name: spec for spec in self._manifest.parts[name].inputs}
@@ -76,7 +79,9 @@ class Networks:
         meter.seconds[name] += time.perf_counter() - start
         meter.runs[name] += len(slices)
         self._check_taken(name)
-        joined = {key: np.concatenate([answer[key] for answer in answers]) for key in answers[0]}
+        _check_guards(name, answers)
+        keys = [key for key in answers[0] if not key.startswith(GUARD)]
+        joined = {key: np.concatenate([answer[key] for answer in answers]) for key in keys}
         return {key: value.astype(np.float32) if value.dtype.kind == "f" else value for key, value in joined.items()}
 
     def inputs(self, name: str) -> dict[str, TensorSpec]:
@@ -209,6 +214,17 @@ class Networks:
             return dim, dim
         axis = self._manifest.axes.get(dim)
         return (axis.min, axis.max) if axis else (1, 2**31)
+
+
+def _check_guards(part: str, answers: Iterable[Mapping[str, Array]]) -> None:
+    for answer in answers:
+        for key, value in answer.items():
+            if key.startswith(GUARD) and not (off := float(value.max())) <= GUARD_LIMIT:  # a NaN is refused too
+                raise ForeignInput(
+                    f"part {part!r}, input {key.removeprefix(GUARD)!r}: the text encoder's first token is not the one "
+                    f"this bundle was quantized with, but {off:.1e} of it away (limit {GUARD_LIMIT:g}). That is "
+                    "another text encoder, or textual inversion; export again with it."
+                )
 
 
 def _cast(part: str, spec: TensorSpec, value: Array) -> Array:

@@ -1,0 +1,117 @@
+"""The measurements of a whole bundle, by its task: pictures on the deployed trajectory, text on text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from edgekit.bundle.store import Bundle
+from edgekit.errors import BadRequest
+from edgekit.quant.calibrate import Calibration
+from edgekit.quant.choices import CHOICES
+from edgekit.quant.graph import Unit, find_units, load_graph
+from edgekit.quant.measure import Probe
+from edgekit.quant.mixed import Measured, measure_parts
+from edgekit.quant.pictures import Call, PictureWorkload
+from edgekit.quant.prepare import Prepared, prepare_pictures, rewrite
+from edgekit.quant.refresh import refreshed
+from edgekit.quant.requests import digest, picture_requests
+from edgekit.quant.targets import Target
+from edgekit.quant.texts import TextWorkload, second_moments, text_workloads
+
+Progress = Callable[[str, float], None]
+
+
+def measure_bundle(
+    bundle: Bundle,
+    target: Target,
+    calibration: Path | None,
+    work: Path,
+    report: Progress,
+    probe: Probe | None,
+    threads: int = 0,
+) -> Measured:
+    """Measure everything a plan is decided from.
+
+    Args:
+        bundle: the unquantized bundle.
+        target: what is planned for.
+        calibration: prompts, pictures or text of the user's own.
+        work: folder in which finished measurements are kept; a stopped one goes on from there.
+        report: told what is done, and the share that is behind.
+        probe: gradient probes, or None.
+        threads: of the inference engine.
+
+    Raises:
+        BadRequest: the calibration cannot be used, or the target has no engine here to measure with.
+    """
+    if target.engine not in ("ort-cpu", "openvino"):
+        raise BadRequest(
+            f"mixed precision for {target.name} is measured on that device, which this edgekit does not do yet; plan "
+            "for cpu, or give choices of your own in a --plan"
+        )
+    work.mkdir(parents=True, exist_ok=True)
+    if bundle.manifest.decoding is not None:
+        return _measure_text(bundle, target, calibration, work, report, threads)
+    chosen, held_out = picture_requests(bundle, calibration)
+    workload = PictureWorkload(bundle, chosen, threads=threads)
+    parts = prepare_pictures(bundle, chosen, workload, target, work, _span(report, 0.0, 0.25))
+    metrics = [metric.name for metric in workload.metrics]
+    study = measure_parts(bundle, parts, metrics, target, work, _span(report, 0.25, 0.75), probe, threads)
+    return Measured(
+        study=study,
+        parts=parts,
+        target=target,
+        workload=workload,
+        held_out=PictureWorkload(bundle, held_out, threads=threads),
+        calibration=digest(chosen),
+        refresh=lambda part, made: refreshed(bundle, workload, part, made, work),
+    )
+
+
+def _measure_text(
+    bundle: Bundle, target: Target, calibration: Path | None, work: Path, report: Progress, threads: int
+) -> Measured:
+    """A decoder's weights alone change: its activations would have to be rounded alike whatever stands beside them."""
+    every = target.allowed
+    target = replace(target, allowed=lambda unit: _of_weights(every(unit)))
+    report("reading text", 0.0)
+    chosen, held_out = text_workloads(bundle, calibration, threads=threads)
+    path, rewrites, constants = rewrite(bundle, chosen.part, (), work)
+    model = load_graph(path)
+    units = find_units(model)
+    report("calibrating", 0.1)
+    moments = second_moments(chosen, model, units, threads=threads)
+    one = TextWorkload(bundle, [chosen.requests[0][:1]], threads=threads)
+    part = Prepared(
+        part=chosen.part,
+        path=path,
+        units=units,
+        rewrites=rewrites,
+        constants=constants,
+        calls=(),
+        deployed=Call(one.feeds[0], {}),
+        runs=1.0,
+        workload=chosen,
+        scale={"kl": {"kl": 1.0}},
+        found=_found(units, {unit.data: moments[unit.id] for unit in units if unit.id in moments}),
+    )
+    study = measure_parts(bundle, (part,), ["kl"], target, work, _span(report, 0.1, 0.9), None, threads)
+    return Measured(study, (part,), target, chosen, held_out, chosen.digest)
+
+
+def _of_weights(names: Sequence[str]) -> tuple[str, ...]:
+    return tuple(name for name in names if CHOICES[name].activation != "static")
+
+
+def _found(units: Sequence[Unit], moments: dict[str, np.ndarray]) -> Calibration:
+    one_token = ((unit.data, unit.k) for unit in units if unit.op == "MatMul")
+    shapes: dict[str, tuple[int, ...]] = {name: (1, 1, k) for name, k in one_token}
+    return Calibration({}, {}, shapes, {}, moments)
+
+
+def _span(report: Progress, start: float, length: float) -> Progress:
+    return lambda what, share: report(what, start + length * share)
