@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from edgekit.quant.plan import PrecisionPlan
     from edgekit.quant.study import Study
 
+POINTS = 8  # of the front that is printed
+
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
@@ -56,7 +58,7 @@ def command(
         if output is not None and chosen is not None:
             write_atomically(output, encode_plan(planned(own, study, chosen, asked)))
         found = {
-            "front": [summary(study, one) for one in study.front(protect)],
+            "front": [summary(study, one) for one in study.front(protect, POINTS)],
             "current": summary(study, current(study, own)),
             "chosen": None if chosen is None else summary(study, chosen),
         }
@@ -126,7 +128,7 @@ def planned(own: PrecisionPlan, study: Study, found: Allocation, asked: Budget) 
         parts=parts,
         budgets={name: limit for name, limit in limits.items() if limit is not None},
         caps=dict(asked.caps),
-        bytes=int(found.bytes) + study.fixed_bytes,
+        bytes=int(found.bytes),
         milliseconds=found.milliseconds,
         errors=tuple(Error(name, predicted=value) for name, value in found.errors.items()),
     )
@@ -142,8 +144,8 @@ def summary(study: Study, found: Allocation) -> dict[str, Any]:
         for _ in range(len(row.units))
     ]
     return {
-        "bytes": int(found.bytes) + study.fixed_bytes,
-        "bits": 8 * found.bytes / max(study.params, 1),
+        "bytes": int(found.bytes),
+        "bits": 8 * (found.bytes - study.fixed_bytes) / max(study.params, 1),
         "milliseconds": found.milliseconds,
         "errors": found.errors,
         "counts": {name: names.count(name) for name in CHOICES if name in names},
@@ -153,18 +155,28 @@ def summary(study: Study, found: Allocation) -> dict[str, Any]:
 def _show(bundle: Path, study: Study, found: Mapping[str, Any], output: Path | None) -> None:
     rows = [("", each) for each in found["front"]] + [("this bundle", found["current"])]
     rows += [("chosen", found["chosen"])] if found["chosen"] else []
-    columns = ("", "bundle", "bits a weight", "ms", *study.errors, "layers")
-    terminal.table(
-        f"{bundle} for {study.target}: least predicted error at each size",
-        columns,
-        [(name, *_cells(each)) for name, each in sorted(rows, key=lambda row: row[1]["bytes"])],
-    )
+    rows.sort(key=lambda row: row[1]["bytes"])
+    columns = ("", "bundle", "bits a weight", "ms", *(f"{name} error" for name in study.errors))
+    title = f"{bundle} for {study.target}: the least error at each size, as predicted"
+    terminal.table(title, columns, [(name, *_figures(each)) for name, each in rows])
+    names = [name for name in study.choices if any(name in each["counts"] for _, each in rows)]
+    counts = [(each["bytes"], each["counts"]) for _, each in rows]
+    counted = [(terminal.size(count), *(str(each.get(name, "")) for name in names)) for count, each in counts]
+    terminal.table("layers by choice", ("bundle", *names), counted)
+    if found["chosen"]:
+        click.echo(f"chosen: {_line(found['chosen'])}")
     if output is not None:
         terminal.note(f"{output} written; make it with: edgekit export SOURCE --precision mixed --plan {output}")
 
 
-def _cells(plan: Mapping[str, Any]) -> tuple[str, ...]:
+def _figures(plan: Mapping[str, Any]) -> tuple[str, ...]:
     time = "" if plan["milliseconds"] is None else f"{plan['milliseconds']:.3g}"
-    layers = ", ".join(f"{count} {name}" for name, count in plan["counts"].items())
     errors = (f"{value:.3g}" for value in plan["errors"].values())
-    return (terminal.size(plan["bytes"]), f"{plan['bits']:.2f}", time, *errors, layers)
+    return (terminal.size(plan["bytes"]), f"{plan['bits']:.2f}", time, *errors)
+
+
+def _line(plan: Mapping[str, Any]) -> str:
+    time = "" if plan["milliseconds"] is None else f"{plan['milliseconds']:.3g} ms, "
+    errors = ", ".join(f"{name} error {value:.3g}" for name, value in plan["errors"].items())
+    layers = ", ".join(f"{count} x {name}" for name, count in plan["counts"].items())
+    return f"{terminal.size(plan['bytes'])}, {plan['bits']:.2f} bits a weight, {time}{errors} ({layers})"

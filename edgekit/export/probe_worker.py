@@ -30,6 +30,7 @@ from edgekit.quant.targets import Target, get_target
 TASK, CALLS, SCORES = "task.json", "calls.npz", "scores.npz"
 MEMORY = 8 << 30  # bytes for activations, where no cap was given
 LOG_LINES = 8
+LARGE, CALLS_LARGE = 200_000_000, 4  # weights from which a run takes minutes
 CALLS_MOST = 8  # recorded runs that are differentiated; with 8 probes each, a squared length is off by a fifth
 
 
@@ -104,9 +105,10 @@ def _run(
 
 
 def _few(part: Prepared) -> tuple[Call, ...]:
-    """Whole requests, as many as CALLS_MOST runs hold, and one at least: every step weighs the same."""
+    """Whole requests, as many as there is time for, and one at least: every step weighs the same."""
     runs = max(1, round(part.runs))
-    return part.calls[: max(1, CALLS_MOST // runs) * runs]
+    most = CALLS_MOST if sum(unit.params for unit in part.units) < LARGE else CALLS_LARGE
+    return part.calls[: max(1, most // runs) * runs]
 
 
 def _listen(lines: Any, report: Progress) -> dict[str, str] | None:

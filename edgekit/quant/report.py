@@ -79,7 +79,7 @@ def page_of(
         facts=(("source", origin.source), ("target", plan.target), ("calibration", plan.calibration[:12] or "none")),
         size=(study.fixed_bytes + float(fp32_bytes(study).sum()), bytes_after),
         milliseconds=whole_time(outcome.verified, outcome.made) if outcome.verified.milliseconds else None,
-        bits=8 * made.bytes / max(study.params, 1),
+        bits=8 * (made.bytes - study.fixed_bytes) / max(study.params, 1),
         choices=study.choices,
         counts={name: every[name] for name in CHOICES if every[name]},
         metrics=tuple(study.errors),
@@ -137,12 +137,12 @@ def points_of(study: Study, problem: Problem, made: Allocation) -> list[Point]:
         best = study.front()
     except BudgetTooSmall:  # the solver ran out of time: the page does without
         best = ()
-    found = [Point("front", "", study.fixed_bytes + one.bytes, one.errors) for one in best]
+    found = [Point("front", "", one.bytes, one.errors) for one in best]
     for name in study.choices:
         if problem.allowed[:, study.choices.index(name)].any():
             one = evaluate(problem, uniform(problem, name))
-            found.append(Point("uniform", name, study.fixed_bytes + one.bytes, one.errors))
-    return [*found, Point("plan", "this plan", study.fixed_bytes + made.bytes, made.errors)]
+            found.append(Point("uniform", name, one.bytes, one.errors))
+    return [*found, Point("plan", "this plan", made.bytes, made.errors)]
 
 
 def error_rows(study: Study, outcome: Outcome) -> list[ErrorRow]:

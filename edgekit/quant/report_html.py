@@ -146,10 +146,12 @@ def render(page: Page) -> str:
     environment.filters |= {"size": size, "figure": figure, "times": times, "colour": colour}
     template = environment.from_string(resources.files("edgekit.quant").joinpath(TEMPLATE).read_text("utf-8"))
     names = list(dict.fromkeys(layer.part for layer in page.layers))
+    largest = {name: max((layer.shares[name] for layer in page.layers), default=0.0) or 1.0 for name in page.metrics}
     strips = {name: strip([layer for layer in page.layers if layer.part == name]) for name in names}
     return template.render(
         page=page,
         strips=strips,
+        largest=largest,
         harm={name: sensitivity(page.layers, name, page.choices) for name in page.metrics},
         fronts={name: front(page.points, name) for name in page.metrics},
         colours=[(name, f"c{number}") for number, name in enumerate(CHOICES)],
@@ -218,9 +220,7 @@ def sensitivity(layers: Sequence[Layer], metric: str, choices: Sequence[str]) ->
     for name in choices:
         found = [(x[number], layer.errors[metric].get(name, 0.0)) for number, layer in enumerate(layers)]
         marks.append(_dots(f"dot {colour(name)}", [(at, y.place(value)) for at, value in found if value > 0]))
-    return _plot(
-        f"{metric} error of every unit alone, by choice", y, [*_divided(layers, x), *marks], "unit, as it runs"
-    )
+    return _plot(f"{metric} error of every unit alone, by choice", y, [*_divided(layers, x), *marks])
 
 
 def front(points: Sequence[Point], metric: str) -> Markup:
@@ -244,9 +244,9 @@ def front(points: Sequence[Point], metric: str) -> Markup:
     ]
     marks = marks if len(line) > 1 else []
     marks += [_ticks(first, last, step)]
-    marks += [_mark(point, *place(point)) for point in shown]
     marks += _labels([(point, *place(point)) for point in shown if point.label])
-    return _plot(f"bytes of the bundle against {metric} error", y, marks, "bytes of the bundle")
+    marks += [_mark(point, *place(point)) for point in shown]
+    return _plot(f"bytes of the bundle against {metric} error", y, marks)
 
 
 @dataclass(frozen=True)
@@ -273,18 +273,13 @@ class Decades:
         yield from range(first, last + 1, max(1, math.ceil((last - first) / 8)))
 
 
-def _plot(title: str, y: Decades, marks: Sequence[Markup], below: str) -> Markup:
-    grid = [
-        Markup('<line class="grid" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>').format(LEFT, WIDE - RIGHT, at, at)
-        + Markup('<text class="end" x="{}" y="{:.1f}">10<tspan dy="-5">{}</tspan></text>').format(
-            LEFT - 6, at + 4, power
-        )
-        for power in y.marks()
-        for at in (y.place(10.0**power),)
-    ]
+def _plot(title: str, y: Decades, marks: Sequence[Markup]) -> Markup:
     head = Markup('<svg class="plot" viewBox="0 0 {} {}" role="img" aria-label="{}">').format(WIDE, HIGH, title)
-    foot = Markup('<text class="middle" x="{}" y="{}">{}</text>').format((LEFT + WIDE - RIGHT) / 2, HIGH - 3, below)
-    return head + Markup("").join([*grid, *marks, foot]) + Markup("</svg>")
+    rule = Markup('<line class="grid" x1="{0}" x2="{1}" y1="{2:.1f}" y2="{2:.1f}"/>')
+    text = Markup('<text class="end" x="{}" y="{:.1f}">10<tspan dy="-5">{}</tspan></text>')
+    powers = [(power, y.place(10.0**power)) for power in y.marks()]
+    grid = [rule.format(LEFT, WIDE - RIGHT, at) + text.format(LEFT - 6, at + 4, power) for power, at in powers]
+    return head + Markup("").join([*grid, *marks]) + Markup("</svg>")
 
 
 def _dots(classes: str, places: Sequence[tuple[float, float]]) -> Markup:
@@ -295,16 +290,17 @@ def _dots(classes: str, places: Sequence[tuple[float, float]]) -> Markup:
 
 
 def _divided(layers: Sequence[Layer], x: Sequence[float]) -> Iterator[Markup]:
-    """The name of every part where it begins, with a line before all but the first."""
-    for number, layer in enumerate(layers):
-        if number and layers[number - 1].part == layer.part:
-            continue
-        at = (x[number - 1] + x[number]) / 2 if number else LEFT
-        if number:
-            yield Markup('<line class="grid" x1="{0:.1f}" x2="{0:.1f}" y1="{1}" y2="{2}"/>').format(
-                at, TOP, HIGH - BOTTOM
-            )
-        yield Markup('<text x="{:.1f}" y="{}">{}</text>').format(at + 2, HIGH - BOTTOM + 13, layer.part)
+    """The name of every part where it begins, by turns on two lines, and a rule before all but the first."""
+    starts = [at for at in range(len(layers)) if not at or layers[at - 1].part != layers[at].part]
+    rule = Markup('<line class="grid" x1="{0:.1f}" x2="{0:.1f}" y1="{1}" y2="{2}"/>')
+    for turn, at in enumerate(starts):
+        edge = (x[at - 1] + x[at]) / 2 if at else LEFT
+        last = at == starts[-1] and WIDE - edge < 7 * len(layers[at].part)
+        if at:
+            yield rule.format(edge, TOP, HIGH - BOTTOM + 14 * (turn % 2))
+        yield Markup('<text class="{}" x="{:.1f}" y="{}">{}</text>').format(
+            "end" if last else "", WIDE if last else edge + 3, HIGH - BOTTOM + 13 + 14 * (turn % 2), layers[at].part
+        )
 
 
 def _ticks(first: float, last: float, step: float) -> Markup:
