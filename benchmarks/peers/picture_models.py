@@ -175,7 +175,52 @@ def pixart() -> Any:
     )
 
 
+SMALL = {  # two levels with attention in both, and a latent of 32: every metric has what it needs
+    "block_out_channels": (32, 64),
+    "layers_per_block": 2,
+    "down_block_types": ("CrossAttnDownBlock2D",) * 2,
+    "up_block_types": ("CrossAttnUpBlock2D",) * 2,
+    "norm_num_groups": 8,
+    "attention_head_dim": 8,
+    "sample_size": 32,
+}
+
+
+def small_lcm() -> Any:
+    """LCM's networks, 1 M: guidance embedded; AutoencoderKL."""
+    ids = tiny.tokenizer()
+    return diffusers.LatentConsistencyModelPipeline(
+        unet=tiny.unet(**SMALL, time_cond_proj_dim=32, cross_attention_dim=64),
+        vae=tiny.autoencoder_kl(),
+        text_encoder=tiny.text_encoder(CLIPTextModel, ids, 64),
+        tokenizer=ids,
+        scheduler=diffusers.LCMScheduler(**tiny.BETAS),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def small_sdxl() -> Any:
+    """SDXL-Turbo's networks, 2 M: two text encoders, pooled text and sizes, several blocks in a transformer."""
+    ids, more = tiny.tokenizer(), tiny.tokenizer(pad="!</w>")
+    added = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
+    shape = {**SMALL, "transformer_layers_per_block": (1, 2), "use_linear_projection": True}
+    return diffusers.StableDiffusionXLPipeline(
+        unet=tiny.unet(**shape, **added, projection_class_embeddings_input_dim=80, cross_attention_dim=112),
+        vae=tiny.autoencoder_kl(),
+        text_encoder=tiny.text_encoder(CLIPTextModel, ids, 64),
+        text_encoder_2=tiny.text_encoder(CLIPTextModelWithProjection, more, 48),
+        tokenizer=ids,
+        tokenizer_2=more,
+        scheduler=diffusers.EulerAncestralDiscreteScheduler(timestep_spacing="trailing", **tiny.BETAS),
+        add_watermarker=False,
+    )
+
+
 MODELS: dict[str, Callable[[], Any]] = {
+    "small-lcm": small_lcm,
+    "small-sdxl": small_sdxl,
     "lcm": lcm,
     "tiny": bk_tiny,
     "pixart": pixart,

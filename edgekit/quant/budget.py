@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from edgekit.errors import BadRequest
@@ -18,7 +18,7 @@ class Budget:
     """What a plan may cost; None is no limit.
 
     Attributes:
-        bytes: of the whole bundle.
+        bytes: of the whole bundle, its report aside.
         bits: mean bits of a weight, scales included.
         milliseconds: of one picture at the bundle's defaults, or one token.
         times: milliseconds as a share of those of the unquantized bundle.
@@ -46,18 +46,29 @@ def parse_budget(budgets: Iterable[str], caps: Iterable[str] = ()) -> Budget:
     """What was typed after `--budget` and `--metric-cap`, each any number of times.
 
     Raises:
-        BadRequest: no number, no known unit, or the same unit twice.
+        BadRequest: no number, no known unit, or the same unit or metric twice.
     """
+    limits = _once("--budget", budgets, _limit)
+    return Budget(**limits, caps=_once("--metric-cap", caps, _cap))
+
+
+def _once(option: str, texts: Iterable[str], read: Callable[[str], tuple[str, float]]) -> dict[str, float]:
     found: dict[str, float] = {}
-    for text in budgets:
-        match = BUDGET.fullmatch(text)
-        name = _unit(match[2].lower()) if match else None
-        if match is None or name is None or float(match[1]) <= 0:
-            raise BadRequest(f"--budget {text!r}: write a size (300MB), bits a weight (4.5bits), a time (20ms) or 0.6x")
+    for text in texts:
+        name, number = read(text)
         if name in found:
-            raise BadRequest(f"--budget {text!r}: {name} are limited twice; one limit of a kind is enough")
-        found[name] = float(match[1]) * UNITS.get(match[2].lower(), 1.0)
-    return Budget(**found, caps=dict(_cap(text) for text in caps))
+            raise BadRequest(f"{option} {text!r}: {name} is limited twice; one limit of a kind is enough")
+        found[name] = number
+    return found
+
+
+def _limit(text: str) -> tuple[str, float]:
+    match = BUDGET.fullmatch(text)
+    name = _unit(match[2].lower()) if match else None
+    number = float(match[1]) * UNITS.get(match[2].lower(), 1.0) if match else math.nan
+    if name is None or not 0 < number < math.inf:
+        raise BadRequest(f"--budget {text!r}: write a size (300MB), bits a weight (4.5bits), a time (20ms) or 0.6x")
+    return name, number
 
 
 def _unit(text: str) -> str | None:
@@ -72,6 +83,6 @@ def _cap(text: str) -> tuple[str, float]:
         cap = float(number)
     except ValueError:
         cap = math.nan
-    if not equals or not name or not cap > 0:
+    if not equals or not name or not 0 < cap < math.inf:
         raise BadRequest(f"--metric-cap {text!r}: write NAME=NUMBER, such as content=0.01")
     return name, cap

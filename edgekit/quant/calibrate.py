@@ -6,11 +6,9 @@ makes; the second rounds each to 8 bits at a few clipped ranges and keeps the on
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +18,7 @@ import onnx_ir as ir
 from edgekit.errors import GateFailed
 from edgekit.quant.graph import Unit
 from edgekit.quant.pictures import Call
+from edgekit.quant.scratch import scratch_graph
 from edgekit.runtime.backends import open_session
 
 Array = npt.NDArray[Any]
@@ -74,7 +73,7 @@ def calibrate(model: ir.Model, units: Sequence[Unit], calls: Sequence[Call], pro
         for found in _runs(model, calls, partial(_add_ends, names=group, wide=wide)):
             for name in group:
                 low, high = float(found[f"{name}.low"]), float(found[f"{name}.high"])
-                if not np.isfinite([low, high]).all():
+                if not np.isfinite([low, high, float(found[f"{name}.mean"])]).all():
                     raise GateFailed(f"activation {name!r} is not finite on the calibration inputs; check the weights")
                 ends[name].append((low, high))
                 shapes[name] = tuple(int(size) for size in found[f"{name}.shape"])
@@ -116,9 +115,7 @@ def _runs(model: ir.Model, calls: Sequence[Call], add: Callable[[ir.Graph], None
     """Run a copy of the graph, with more outputs, on every recorded run."""
     graph = model.clone()
     add(graph.graph)
-    with tempfile.TemporaryDirectory(prefix="calibrating-") as folder:
-        path = Path(folder) / "graph.onnx"
-        ir.save(graph, path, external_data=f"{path.name}.data")
+    with scratch_graph(graph, "calibrating") as path:
         session = open_session(path, "cpu", planned=False)
         for call in calls:
             yield session.run(call.feeds)
@@ -139,6 +136,7 @@ def _add_ends(graph: ir.Graph, names: Sequence[str], wide: set[str]) -> None:
     for value in _values(graph, names):
         _output(graph, f"{value.name}.low", "ReduceMin", [value], {"keepdims": 0})
         _output(graph, f"{value.name}.high", "ReduceMax", [value], {"keepdims": 0})
+        _output(graph, f"{value.name}.mean", "ReduceMean", [value], {"keepdims": 0})  # NaN is neither low nor high
         _output(graph, f"{value.name}.shape", "Shape", [value], {}, ir.DataType.INT64)
         if value.name in wide:
             _add_channels(graph, value)

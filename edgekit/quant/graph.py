@@ -111,6 +111,7 @@ def normalised(model: ir.Model) -> ir.Model:
     for node in list(graph):
         if node.op_type == "Gemm" and _is_plain_gemm(node):
             _split_gemm(graph, node)
+    _name_nodes(graph)  # a bias's name may be that of another node
     RemoveUnusedNodesPass()(model)
     return model
 
@@ -186,17 +187,19 @@ def _name_nodes(graph: ir.Graph) -> None:
 
 
 def _fold_weight(graph: ir.Graph, node: ir.Node) -> None:
-    """Do a Transpose or Cast of an initializer on its numbers."""
-    value = node.inputs[1]
+    """Do Transposes and Casts between an initializer and a product on its numbers, the one next to it first."""
+    value, makers = node.inputs[1], []
     while value is not None and (maker := value.producer()) is not None and maker.op_type in ("Transpose", "Cast"):
-        behind = maker.inputs[0]
-        if behind is None or not behind.is_initializer():
-            return
-        tensor = behind.const_value
+        makers.append(maker)
+        value = maker.inputs[0]
+    if value is None or not value.is_initializer():
+        return
+    for maker in reversed(makers):
+        tensor = value.const_value
         assert tensor is not None
-        name = f"{behind.name}.{maker.op_type.lower()}.{node.name}"
+        name = f"{value.name}.{maker.op_type.lower()}.{node.name}"
         folded = _cast(graph, name, maker, tensor) if maker.op_type == "Cast" else _turned(graph, name, maker, tensor)
-        folded.metadata_props[ORIGIN] = behind.metadata_props.get(ORIGIN, str(behind.name))
+        folded.metadata_props[ORIGIN] = value.metadata_props.get(ORIGIN, str(value.name))
         node.replace_input_with(1, folded)
         value = folded
 
@@ -372,7 +375,7 @@ def _after(value: ir.Value, depth: int = 4) -> Iterator[tuple[ir.Node, int]]:
     """What reads a value, also behind a bias, a split, a norm or a rotation."""
     for node, index in readers(value):
         yield node, index
-        linear = node.op_type in ("Add", "Mul") and _reads_constant(node)
+        linear = node.op_type in ("Add", "Mul", "Div") and _reads_constant(node)
         if depth and (linear or node.op_type in NORMS or node.op_type in ("Split", "RotaryEmbedding")):
             for output in node.outputs:
                 yield from _after(output, depth - 1)

@@ -80,7 +80,8 @@ def measure_sensitivity(
 
 def _probed(probe: Probe, part: Prepared, target: Target, work: Path, report: Progress) -> Scores:
     """Probe scores, from `work` if these runs of this graph were ever probed there."""
-    told = hashlib.sha256(repr((target.name, sorted(part.found.ranges.items()), part.units)).encode())
+    names = [metric.name for metric in part.workload.metrics]
+    told = hashlib.sha256(repr((target.name, names, sorted(part.found.ranges.items()), part.units)).encode())
     for call in part.calls:
         told.update(repr(sorted(call.gain.items())).encode())
         for name in sorted(call.feeds):

@@ -154,10 +154,14 @@ OTHER_METRICS: tuple[Metric, ...] = (NSR,)
 
 
 def metrics_for(references: Sequence[Array], *, logits: bool = False) -> tuple[Metric, ...]:
-    """The metrics that fit these reference outputs: `logits` have no shape that tells them from pictures."""
+    """The metrics that fit these reference outputs, each of one request and with a batch axis.
+
+    Pictures and videos have channels as well, so four axes at least: an embedded text (batch, tokens, width) is none.
+    `logits` have no shape that tells them from other arrays.
+    """
     if logits:
         return LANGUAGE_METRICS
-    pictures = references and all(each.ndim >= 3 and min(each.shape[-2:]) >= SMALLEST_SIDE for each in references)
+    pictures = references and all(each.ndim >= 4 and min(each.shape[-2:]) >= SMALLEST_SIDE for each in references)
     return PICTURE_METRICS if pictures else OTHER_METRICS
 
 

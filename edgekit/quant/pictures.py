@@ -170,12 +170,18 @@ class PictureWorkload:
 
 
 class CallsWorkload:
-    """Recorded runs of one part, and its own answers: what parts outside the sampling loop are measured by."""
+    """Recorded runs of one part, and its own answers: what parts outside the sampling loop are measured by.
 
-    def __init__(self, part: str, calls: Sequence[Call]) -> None:
+    Args:
+        part: its name in the bundle.
+        calls: its runs.
+        names: metrics of the finished sample; where none of them fits these answers, `nsr` stands for all.
+    """
+
+    def __init__(self, part: str, calls: Sequence[Call], names: Sequence[str]) -> None:
         self._part, self._calls = part, tuple(calls)
         self.reference = tuple(joined(call.outputs) for call in self._calls)
-        self.metrics = metrics_for(self.reference)
+        self.metrics = tuple(each for each in metrics_for(self.reference) if each.name in names) or (NSR,)
 
     def run(self, replaced: Mapping[str, Session]) -> tuple[Array, ...]:
         """The part's answers, those of one run joined into one array."""

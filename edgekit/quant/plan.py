@@ -55,8 +55,8 @@ class PartChoices(_Value, frozen=True):
     model: str = ""
 
 
-class PrecisionPlan(_Value, frozen=True):
-    """The whole plan.
+class PrecisionPlan(_Value, frozen=True, omit_defaults=False):
+    """The whole plan. Every field is written, `format` above all: another edgekit has another default.
 
     Attributes:
         target: the row of TARGETS it was made for.

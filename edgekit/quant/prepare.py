@@ -101,6 +101,7 @@ def prepare_pictures(
     calls = before | {name: found for name, found in workload.record(names, whole=True).items() if not before[name]}
     once = PictureWorkload(bundle, [as_deployed(requests[0])]).record(names, whole=True)
     used = [name for name in names if calls[name]]
+    metrics = [metric.name for metric in workload.metrics]
     prepared = []
     for number, name in enumerate(used):
         part_report = _within(report, name, number / len(used), 1 / len(used))
@@ -116,7 +117,7 @@ def prepare_pictures(
             rewrites, constants = (*rewrites, *smoothed), replace(constants, factors=factors)
             units = find_units(load_graph(path))
         denoises = name in denoisers(bundle)
-        own: Workload = workload if denoises else CallsWorkload(name, told)
+        own: Workload = workload if denoises else CallsWorkload(name, told, metrics)
         runs = len(told) / len(requests)
         prepared.append(Prepared(name, path, units, rewrites, constants, told, once[name][0], runs, own, scale, found))
     return tuple(prepared)
@@ -197,13 +198,13 @@ def _account(
     """
     names = [metric.name for metric in workload.metrics]
     if not comes_before:
-        own = {metric.name for metric in CallsWorkload(part, calls).metrics}
+        own = {metric.name for metric in CallsWorkload(part, calls, names).metrics}
         return calls, {name: {name if name in own else "nsr": 1.0} for name in names}
     gains = workload.gains(part)
     told = tuple(replace(call, gain=gains[number % len(gains)]) for number, call in enumerate(calls))
     if part in denoisers(bundle):
         return told, {name: {name: 1.0} for name in names}
-    own = {metric.name for metric in CallsWorkload(part, calls).metrics}
+    own = {metric.name for metric in CallsWorkload(part, calls, names).metrics}
     means = {name: float(np.mean([gain[name] for gain in gains])) for name in names}
     plain = tuple(replace(call, gain={}) for call in calls)
     return plain, {name: {name if name in own else "nsr": mean} for name, mean in means.items()}

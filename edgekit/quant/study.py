@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -239,5 +240,5 @@ def decode_study(raw: bytes, where: str) -> Study:
                 boundary_ms=tuple(told["boundary_ms"]),
                 facts=told["facts"],
             )
-    except (OSError, ValueError, KeyError, TypeError) as why:
+    except (OSError, EOFError, BadZipFile, ValueError, KeyError, TypeError) as why:
         raise BadRequest(f"{where} holds no study ({why}); export with --precision mixed to make one") from why

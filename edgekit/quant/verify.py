@@ -6,7 +6,6 @@ integer kernels the engine did not build, or that one choice for everything woul
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,13 +24,14 @@ from edgekit.quant.metrics import errors
 from edgekit.quant.prepare import Prepared, rounder
 from edgekit.quant.targets import Target
 from edgekit.quant.workload import Workload
-from edgekit.runtime.backends import open_session
+from edgekit.runtime.backends import Session, open_session
 
 Array = npt.NDArray[Any]
+F64 = npt.NDArray[np.float64]
 
 CAPS = {"content": 0.02, "quality": 0.25, "nsr": 0.05, "kl": 0.1}  # error beyond which a result is another result
 SLOWER = 1.05  # times the unquantized bundle's time; what two runs of the same graph may differ by
-ROUNDS = 5
+ROUNDS, MOST_ROUNDS, SECONDS = 5, 200, 2.0  # of timing a part: as many rounds as SECONDS have room for
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,23 +87,41 @@ def held_out_error(workload: Workload, made: Sequence[Made], references: Sequenc
 
 
 def time_parts(made: Sequence[Made]) -> tuple[dict[str, tuple[float, float]], dict[str, tuple[float, float]]]:
-    """Medians and interquartile ranges of one run of every part, milliseconds, unquantized and planned in turn."""
+    """Milliseconds of one run of every part, unquantized and planned in turn: medians, and interquartile ranges.
+
+    The planned time is the unquantized one times the median ratio of neighbours, so that a machine that is slow for a
+    while is slow for both.
+    """
     medians, spreads = {}, {}
     for each in made:
-        call = each.part.deployed
-        paths = (each.part.path, each.path)
-        sessions = [open_session(path, "cpu", planned=False) for path in paths]
-        taken: tuple[list[float], list[float]] = ([], [])
-        for number in range(ROUNDS + 1):
-            for which, session in enumerate(sessions):
-                begin = time.perf_counter()
-                session.run(call.feeds)
-                if number:
-                    taken[which].append(1e3 * (time.perf_counter() - begin))
-        medians[each.part.part] = (statistics.median(taken[0]), statistics.median(taken[1]))
-        quarters = [statistics.quantiles(one, n=4) for one in taken]
-        spreads[each.part.part] = (quarters[0][2] - quarters[0][0], quarters[1][2] - quarters[1][0])
+        before, after = _in_turn(each)
+        usual = float(np.median(before))
+        medians[each.part.part] = (usual, usual * float(np.median(after / before)))
+        spreads[each.part.part] = (_iqr(before), _iqr(after))
     return medians, spreads
+
+
+def _in_turn(made: Made) -> tuple[F64, F64]:
+    """Milliseconds (rounds,) of the unquantized and of the planned part."""
+    feeds = made.part.deployed.feeds
+    sessions = [open_session(path, "cpu", planned=False) for path in (made.part.path, made.path)]
+    taken: list[list[float]] = []
+    begin = time.perf_counter()
+    while len(taken) <= ROUNDS or (len(taken) <= MOST_ROUNDS and time.perf_counter() - begin < SECONDS):
+        taken.append([_one_run(session, feeds) for session in sessions])
+    both = np.array(taken[1:])  # the first round warms up
+    return both[:, 0], both[:, 1]
+
+
+def _one_run(session: Session, feeds: Mapping[str, Array]) -> float:
+    start = time.perf_counter()
+    session.run(feeds)
+    return 1e3 * (time.perf_counter() - start)
+
+
+def _iqr(values: F64) -> float:
+    low, high = np.quantile(values, (0.25, 0.75))
+    return float(high - low)
 
 
 def whole_time(verified: Verified, made: Sequence[Made]) -> tuple[float, float]:

@@ -5,21 +5,17 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import msgspec
 import pytest
 
-from edgekit.bundle.manifest import Manifest, PrecisionRecord
 from edgekit.bundle.store import pack_zip
 from edgekit.quant.choices import CHOICES
 from edgekit.quant.mixed import PLAN_FILE, STUDY_FILE
-from edgekit.quant.plan import Error, PartChoices, PrecisionPlan, Rewrite, encode_plan, read_plan
+from edgekit.quant.plan import read_plan
 from edgekit.quant.study import Study
 from tests.bundle import tiny
 from tests.cli.conftest import Run, only_json
+from tests.cli.planned_bundles import RANGES, REWRITES, write_planned
 from tests.quant.studies import made_up
-
-RANGES = {"x": (-1.5, 2.0)}
-REWRITES = (Rewrite("shortcut", "block.3.proj"),)
 
 
 @pytest.fixture(scope="module")
@@ -28,33 +24,10 @@ def study() -> Study:
     return made_up(shared=True)
 
 
-def own_plan(study: Study) -> PrecisionPlan:
-    """Eight bits for everything."""
-    pick = study.problem().allowed[:, study.choices.index("w8a8")] * study.choices.index("w8a8")
-    return PrecisionPlan(
-        target=study.target,
-        parts={name: PartChoices(units, RANGES, REWRITES) for name, units in study.choices_of(pick).items()},
-        budgets={"bytes": 1e9},
-        errors=(Error("content", 0.1, 0.2), Error("quality", 0.3, 0.4)),
-        calibration="c" * 64,
-        method="unet: scan",
-    )
-
-
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory: pytest.TempPathFactory, study: Study) -> Path:
-    """A bundle with a study in it: the graphs are of another model, which this verb never looks at."""
-    target = tmp_path_factory.mktemp("plan") / "mixed.bundle"
-
-    def draft(root: Path) -> Manifest:
-        manifest = tiny.image_draft(root)
-        (root / PLAN_FILE).parent.mkdir()
-        (root / PLAN_FILE).write_bytes(encode_plan(own_plan(study)))
-        (root / STUDY_FILE).write_bytes(study.encode())
-        return msgspec.structs.replace(manifest, precision=PrecisionRecord("mixed"))
-
-    tiny.write(target, draft)
-    return target
+    """A bundle with a study in it."""
+    return write_planned(tmp_path_factory.mktemp("plan") / "mixed.bundle", study)
 
 
 def test_without_a_budget_it_prints_the_front_and_this_bundle(edgekit: Run, mixed: Path, study: Study) -> None:

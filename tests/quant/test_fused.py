@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -32,8 +30,6 @@ from tests.quant.lowering import (
     value,
     wide_ranges,
 )
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def units_of(model: ir.Model) -> tuple[Unit, ...]:
@@ -163,18 +159,10 @@ def test_devices_and_graphs_that_do_not_open_are_told_apart(tmp_path: Path):
         kernels(path)
 
 
-@pytest.fixture(scope="session")
-def emoji_unet(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The denoiser of the shipped emoji model, exported by the real command."""
-    target = tmp_path_factory.mktemp("bundles") / "emoji.bundle"
-    subprocess.run(
-        [sys.executable, "-m", "edgekit.cli", "export", str(ROOT / "models" / "emoji"), "-o", str(target)],
-        check=True,
-        capture_output=True,
-        timeout=600,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
-    return target / "graphs" / "unet.onnx"
+@pytest.fixture
+def emoji_unet(emoji_bundle: Path) -> Path:
+    """The denoiser of the shipped emoji model."""
+    return emoji_bundle / "graphs" / "unet.onnx"
 
 
 def emoji_feed(seed: int) -> dict[str, np.ndarray]:

@@ -246,8 +246,11 @@ def test_spearman_agrees_with_scipy(values: list[tuple[int, int]]) -> None:
 
 
 def test_the_fitting_metrics_are_picked() -> None:
-    """Pictures get content and quality, small or flat arrays the plain ratio, logits the divergence."""
-    picture, sound, small = np.zeros((3, 64, 64)), np.zeros((2, 4000)), np.zeros((1, 4, 8, 64))
+    """Pictures get content and quality, small or flat arrays and texts the plain ratio, logits the divergence."""
+    picture, sound, small = np.zeros((1, 3, 64, 64)), np.zeros((2, 4000)), np.zeros((1, 4, 8, 64))
+    video, text = np.zeros((1, 4, 3, 32, 32)), np.zeros((2, 77, 768))
+    assert metrics.metrics_for([video]) == PICTURE_METRICS
+    assert metrics.metrics_for([text]) == metrics.metrics_for([picture, text]) == OTHER_METRICS
     assert metrics.metrics_for([picture, np.zeros((1, 4, 16, 16))]) == PICTURE_METRICS
     assert metrics.metrics_for([picture, small]) == OTHER_METRICS
     assert metrics.metrics_for([sound]) == OTHER_METRICS

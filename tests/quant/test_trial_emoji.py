@@ -8,21 +8,16 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from edgekit.export.families import family_of
-from edgekit.export.sources import read_source
-from edgekit.export.worker import Task, run_task
 from edgekit.quant.choices import Choice, get_choice
 from edgekit.quant.graph import Unit, find_units, load_graph, normalised
 from edgekit.quant.lower import lower
 from edgekit.quant.targets import TARGETS
 from edgekit.quant.trial import TrialSession, open_trial
 from edgekit.quant.weights import Stored, store
-from tests.export.diffusion.tiny_pipelines import FOREIGN
 from tests.quant.trial_graphs import opened, ranges_on, rebuilt
 
-pytestmark = [*FOREIGN, pytest.mark.slow]
+pytestmark = [pytest.mark.torch, pytest.mark.slow]
 
-EMOJI = Path(__file__).parents[2] / "models" / "emoji"
 CPU = TARGETS["cpu:any"]
 Forms = dict[str, TrialSession]
 
@@ -32,14 +27,10 @@ def four_bits(matrix: np.ndarray, choice: Choice, code_bits: int, unit: Unit) ->
     return store(matrix, get_choice("w4a16-32"))
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> ir.Model:
+@pytest.fixture
+def model(emoji_bundle: Path) -> ir.Model:
     """The trained UNet's graph."""
-    folder = tmp_path_factory.mktemp("emoji")
-    source = read_source(EMOJI)
-    jobs = tuple(job for job in family_of(source).jobs(source) if job.part == "unet")
-    run_task(Task("trace", jobs, str(EMOJI), str(folder), str(folder)), lambda event: None)
-    return normalised(load_graph(folder / "unet.onnx"))
+    return normalised(load_graph(emoji_bundle / "graphs" / "unet.onnx"))
 
 
 @pytest.fixture(scope="module")

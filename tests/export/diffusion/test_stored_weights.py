@@ -57,16 +57,17 @@ def test_full_precision_is_preferred_to_its_variant(tmp_path: Path) -> None:
 
 def test_weights_and_config_must_agree(tmp_path: Path) -> None:
     """A weight too many, too few or of another shape is named."""
-    unet().save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
+    folder = tmp_path / "unet"
+    unet().save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
     for changes, words in (
         ({"time_cond_proj_dim": 32}, "missing, among them time_embedding.cond_proj"),
         ({"cross_attention_dim": 24}, "is no weight of the unet"),
         ({"mid_block_type": None}, r"mid_block\..* is no weight"),
     ):
-        (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
+        (folder / "config.json").write_text(json.dumps({**config, **changes}))
         with pytest.raises(BadSource, match=words):
-            UNet(tmp_path)
+            UNet(folder)
 
 
 def test_incomplete_and_pickled_weights_are_refused(tmp_path: Path) -> None:
