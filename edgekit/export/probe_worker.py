@@ -28,7 +28,7 @@ from edgekit.quant.scores import Scores
 from edgekit.quant.targets import Target, get_target
 
 TASK, CALLS, SCORES = "task.json", "calls.npz", "scores.npz"
-MEMORY = 8 << 30  # bytes for activations, where no cap was given
+MEMORY = 4 << 30  # bytes for activations, where no cap was given
 LOG_LINES = 8
 LARGE, CALLS_LARGE = 200_000_000, 4  # weights from which a run takes minutes
 CALLS_MOST = 8  # recorded runs that are differentiated; with 8 probes each, a squared length is off by a fifth

@@ -18,7 +18,7 @@ from edgekit.quant.mixed import Measured, measure_parts
 from edgekit.quant.pictures import Call, PictureWorkload
 from edgekit.quant.prepare import Prepared, prepare_pictures, rewrite
 from edgekit.quant.refresh import refreshed
-from edgekit.quant.requests import digest, picture_requests
+from edgekit.quant.requests import digest, picture_requests, trial_count
 from edgekit.quant.targets import Target
 from edgekit.quant.texts import TextWorkload, second_moments, text_workloads
 
@@ -58,15 +58,17 @@ def measure_bundle(
         return _measure_text(bundle, target, calibration, work, report, threads)
     chosen, held_out = picture_requests(bundle, calibration)
     workload = PictureWorkload(bundle, chosen, threads=threads)
-    parts = prepare_pictures(bundle, chosen, workload, target, work, _span(report, 0.0, 0.25))
+    trials = workload.of(chosen[: trial_count(bundle)])
+    parts = prepare_pictures(bundle, chosen, workload, trials, target, work, _span(report, 0.0, 0.25))
     metrics = [metric.name for metric in workload.metrics]
+    workload.release()
     study = measure_parts(bundle, parts, metrics, target, work, _span(report, 0.25, 0.75), probe, threads)
     return Measured(
         study=study,
         parts=parts,
         target=target,
         workload=workload,
-        held_out=PictureWorkload(bundle, held_out, threads=threads),
+        held_out=workload.of(held_out),
         calibration=digest(chosen),
         refresh=lambda part, made: refreshed(bundle, workload, part, made, work),
     )

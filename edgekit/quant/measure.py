@@ -35,6 +35,7 @@ Probe = Callable[[Prepared, Sequence[Metric], Target, Progress], Scores]
 AGREEMENT = 0.8  # rank correlation of probes and trials, below which probes are not believed
 RANDOM_SHARE, WORST_SHARE = 0.10, 0.05  # of the units, that are tried even where probes are there
 FEWEST_TRIED = 6
+RANDOM_CHOICES = 3  # of a unit that is tried to check the probes; the most harmful ones are tried at all of theirs
 SKETCH_PER_REQUEST = 512
 BOUNDARY_ELEMENTS = 1 << 20  # of the tensor that a change of arithmetic is timed on
 
@@ -69,7 +70,7 @@ def measure_sensitivity(
     if estimated is None:
         found = scan_part(part, target, None, work, report)
         return Sensitivity(found, {}, int(found.known().sum()))
-    chosen = _tried(estimated)
+    chosen = _tried(estimated, part, target)
     found = scan_part(part, target, chosen, work, report)
     agreement = {name: rank_correlation(estimated, found, name) for name in found.metrics}
     if min(agreement.values()) < AGREEMENT:
@@ -99,15 +100,12 @@ def _probed(probe: Probe, part: Prepared, target: Target, work: Path, report: Pr
 def scan_part(
     part: Prepared,
     target: Target,
-    units: Collection[str] | None = None,
+    only: Collection[tuple[str, str]] | None = None,
     work: Path | None = None,
     report: Progress | None = None,
     at: Mapping[str, str] | None = None,
 ) -> Scores:
-    """Try units (all, or those named) at every choice, the others as they are or as `at` says."""
-    only = None
-    if units is not None:
-        only = {(unit.id, name) for unit in part.units if unit.id in units for name in target.allowed(unit)}
+    """Try units at choices (`only` these pairs of them, or all), the others as they are or as `at` says."""
     return scan(
         part.workload,
         part.part,
@@ -125,16 +123,25 @@ def scan_part(
     )
 
 
-def _tried(estimated: Scores) -> tuple[str, ...]:
-    """A random tenth of the units, and those whose worst choice is the worst in some metric."""
-    total = len(estimated.units)
+def all_choices(part: Prepared, target: Target, units: Collection[str]) -> set[tuple[str, str]]:
+    """Every choice of some units, as `scan_part` takes them."""
+    return {(unit.id, name) for unit in part.units if unit.id in units for name in target.allowed(unit)}
+
+
+def _tried(estimated: Scores, part: Prepared, target: Target) -> set[tuple[str, str]]:
+    """A random tenth of the units at a few choices, and all choices of those whose worst is worst in some metric."""
+    total = len(part.units)
     generator = np.random.default_rng(0)
-    count = min(total, max(FEWEST_TRIED, round(RANDOM_SHARE * total)))
-    chosen = set(generator.choice(total, count, replace=False).tolist())
+    chosen = set()
+    for at in generator.choice(total, min(total, max(FEWEST_TRIED, round(RANDOM_SHARE * total))), replace=False):
+        names = [name for name in target.allowed(part.units[at]) if name != "fp32"]
+        few = generator.permutation(len(names))[:RANDOM_CHOICES]
+        chosen |= {(part.units[at].id, names[each]) for each in few}
     for name in estimated.metrics:
         worst = np.nan_to_num(estimated.errors(name)).max(axis=1)
-        chosen |= set(np.argsort(-worst)[: max(1, round(WORST_SHARE * total))].tolist())
-    return tuple(estimated.units[at] for at in sorted(chosen))
+        most = np.argsort(-worst)[: max(1, round(WORST_SHARE * total))]
+        chosen |= all_choices(part, target, {estimated.units[each] for each in most})
+    return chosen
 
 
 def study_of(
@@ -162,6 +169,8 @@ def study_of(
     names = tuple(name for name in CHOICES if any(name in block.choices for block in blocks))
     rows = tuple(row for block in blocks for row in block.rows)
     fp32 = sum(int(np.nansum(block.bytes[:, block.choices.index("fp32")])) for block in blocks)
+    # a few random projections order the units well; what two of them have in common they do not show
+    scanned = all(found.scores.method == "scan" for _, found in parts)
     edges: list[tuple[int, int]] = []
     costs: list[float] = []
     start = 0
@@ -182,7 +191,7 @@ def study_of(
         fixed_ms=sum(block.fixed_ms for block in blocks),
         edges=tuple(edges),
         boundary_ms=tuple(costs),
-        vectors={name: _vectors(blocks, name, names) for name in metrics},
+        vectors={name: _vectors(blocks, name, names) for name in metrics} if scanned else {},
         facts={
             "agreement": {part.part: dict(found.agreement) for part, found in parts},
             "trials": {part.part: found.trials for part, found in parts},

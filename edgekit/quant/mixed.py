@@ -27,7 +27,7 @@ from edgekit.errors import BadRequest, KernelsMissing
 from edgekit.quant.allocate import Allocation
 from edgekit.quant.budget import Budget
 from edgekit.quant.latency import LatencyTable
-from edgekit.quant.measure import Probe, Sensitivity, measure_sensitivity, scan_part, study_of
+from edgekit.quant.measure import Probe, Sensitivity, all_choices, measure_sensitivity, scan_part, study_of
 from edgekit.quant.plan import Error, PartChoices, PrecisionPlan, encode_plan
 from edgekit.quant.prepare import Prepared
 from edgekit.quant.scores import Scores
@@ -103,11 +103,11 @@ def measure_parts(
     """The study of prepared parts; finished trials and timings are kept under `work`."""
     found: list[tuple[Prepared, Sensitivity]] = []
     for number, part in enumerate(parts):
-        told = _within(report, f"{part.part}: ", number / len(parts), 1 / len(parts))
+        told = _within(report, f"{part.part}: ", 0.9 * number / len(parts), 0.9 / len(parts))
         found.append((part, measure_sensitivity(part, target, probe, work, told)))
     table = LatencyTable(target, work / "latency.json", threads=threads)
     size = sum(file.bytes for file in bundle.manifest.files)
-    return study_of(found, metrics, target, table, size, report)
+    return study_of(found, metrics, target, table, size, _within(report, "", 0.9, 0.1))
 
 
 def quantize(bundle: Bundle, measured: Measured, options: MixedOptions, staging: Path, report: Progress) -> Outcome:
@@ -248,7 +248,8 @@ def _repaired(measured: Measured, study: Study, found: Allocation) -> Study:
         chosen = study.choices_of(found.pick).get(part.part, {})
         suspects = {row.units[0] for row in worst if row.part == part.part and len(row.units) == 1}
         if suspects:
-            scores = scan_part(part, measured.target, suspects, at=chosen)
+            pairs = all_choices(part, measured.target, suspects)
+            scores = scan_part(part, measured.target, pairs, at=chosen)
             for name, table in errors.items():
                 _enter(table, study, part.part, suspects, scores, part.entered(name, scores))
     return replace(study, errors=errors, vectors={})

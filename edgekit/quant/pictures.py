@@ -8,15 +8,18 @@ whatever they are.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from edgekit.bundle.manifest import TensorSpec
+from edgekit.bundle.manifest import Part
 from edgekit.bundle.store import Bundle
 from edgekit.errors import BadRequest
 from edgekit.quant.metrics import NSR, Metric, errors, metrics_for
@@ -24,6 +27,7 @@ from edgekit.runtime.backends import Binding, Session, open_session
 from edgekit.runtime.diffusion.pipeline import DrawRequest, DrawResult, FewStepPipeline
 
 Array = npt.NDArray[Any]
+Watch = Callable[[str, Mapping[str, Array], dict[str, Array]], dict[str, Array]]
 
 TINY_NOISE = (
     1e-3  # relative energy of the error that is put in to see how far it carries: small, so that it stays linear
@@ -54,14 +58,18 @@ class PictureWorkload:
     """
 
     def __init__(self, bundle: Bundle, requests: Sequence[DrawRequest], *, threads: int = 0) -> None:
-        self._bundle, self._requests = bundle, tuple(requests)
-        self._part_of = {bundle.root / part.graph: name for name, part in bundle.manifest.parts.items()}
-        self._replaced: Mapping[str, Session] = {}
-        self._watch: Callable[[str, Mapping[str, Array], dict[str, Array]], dict[str, Array]] | None = None
-        self._pipeline = FewStepPipeline(bundle, threads=threads, open_session=self._open)
-        self._main = self._pipeline.contract.main.name
-        self._denoisers = set(denoisers(bundle))
+        self._stage, self._requests = _Stage(bundle, threads), tuple(requests)
         self._reference: tuple[Array, ...] | None = None
+
+    def of(self, requests: Sequence[DrawRequest]) -> PictureWorkload:
+        """The workload of other requests, run by the same sessions."""
+        other = copy(self)
+        other._requests, other._reference = tuple(requests), None
+        return other
+
+    def release(self) -> None:
+        """Close all sessions; each opens again when it is needed."""
+        self._stage.release()
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
@@ -77,22 +85,16 @@ class PictureWorkload:
 
     def run(self, replaced: Mapping[str, Session]) -> tuple[Array, ...]:
         """The finished sample of every request, (batch, ...) each, with some parts replaced; nothing is decoded."""
-        self._replaced = replaced
-        try:
+        with self._stage.playing(replaced):
             return tuple(self._sample(request) for request in self._requests)
-        finally:
-            self._replaced = {}
 
     def draw(self, replaced: Mapping[str, Session]) -> tuple[DrawResult, ...]:
         """The whole way to pictures."""
-        self._replaced = replaced
-        try:
+        with self._stage.playing(replaced):
             return tuple(
-                next(event for event in self._pipeline.stream(request) if isinstance(event, DrawResult))
+                next(event for event in self._stage.pipeline.stream(request) if isinstance(event, DrawResult))
                 for request in self._requests
             )
-        finally:
-            self._replaced = {}
 
     def record(
         self, parts: Sequence[str], *, whole: bool = False, replaced: Mapping[str, Session] | None = None
@@ -124,24 +126,33 @@ class PictureWorkload:
             found.append({name: error / put_in.get(name, put_in["nsr"]) for name, error in made.items()})
         return tuple(found)
 
+    def carried(self, part: str, replacement: Session) -> dict[str, float]:
+        """How much of the error that a replacement makes in a part's answers is left in the finished sample, by metric.
+
+        As `gains`, for errors of the replacement's own kind: what is wrong alike at every token of a text is not
+        averaged out by who reads it, as noise is.
+        """
+        own = CallsWorkload(part, self.record([part])[part], [metric.name for metric in self.metrics])
+        put_in = errors((*own.metrics, NSR), own.reference, own.run({part: replacement}))
+        made = errors(self.metrics, self.reference, self.run({part: replacement}))
+        return {name: error / (put_in.get(name, put_in["nsr"]) or 1.0) for name, error in made.items()}
+
     def _watched(
         self,
         watch: Callable[..., dict[str, Array]],
         run: Callable[..., Any],
         replaced: Mapping[str, Session] | None = None,
     ) -> Any:
-        self._watch = watch
-        try:
+        with self._stage.watched(watch):
             return run(replaced or {})
-        finally:
-            self._watch = None
 
     def _sample(self, request: DrawRequest) -> Array:
         x: Array | None = None
-        for event in self._pipeline.stream(request):
+        main = self._stage.pipeline.contract.main.name
+        for event in self._stage.pipeline.stream(request):
             if isinstance(event, DrawResult):
                 break
-            if event.stage == self._main:
+            if event.stage == main:
                 x = event.x
                 if event.row + 1 == event.of:
                     break  # what comes after, a decoder above all, is not run
@@ -149,24 +160,60 @@ class PictureWorkload:
             raise BadRequest("this bundle draws no sample, so there is nothing to calibrate its denoiser on")
         return x
 
-    def _open(self, graph: Path, device: str, *, threads: int = 0) -> Session:
-        part = self._part_of[graph]
-        return _Seat(part, open_session(graph, device, threads=threads, planned=False), self)
 
-    def answer(
-        self, part: str, session: Session, memory: dict[bytes, dict[str, Array]], feeds: Any
-    ) -> dict[str, Array]:
+class _Stage:
+    """One pipeline, whose parts can be watched, replaced and answered from memory."""
+
+    def __init__(self, bundle: Bundle, threads: int) -> None:
+        self._parts = {bundle.root / part.graph: (name, part) for name, part in bundle.manifest.parts.items()}
+        self._denoisers = set(denoisers(bundle))
+        self._seats: dict[str, _Seat] = {}
+        self._replaced: Mapping[str, Session] = {}
+        self._watch: Watch | None = None
+        self.pipeline = FewStepPipeline(bundle, threads=threads, open_session=self._open)
+
+    @contextmanager
+    def playing(self, replaced: Mapping[str, Session]) -> Iterator[None]:
+        """Some parts replaced; their own sessions are closed, as two large networks are many gigabytes."""
+        for part in replaced.keys() & self._seats.keys():
+            self._seats[part].close()
+        self._replaced = replaced
+        try:
+            yield
+        finally:
+            self._replaced = {}
+
+    @contextmanager
+    def watched(self, watch: Watch) -> Iterator[None]:
+        """Every run of a part that is not replaced is shown to `watch`, which answers."""
+        self._watch = watch
+        try:
+            yield
+        finally:
+            self._watch = None
+
+    def release(self) -> None:
+        for seat in self._seats.values():
+            seat.close()
+
+    def answer(self, seat: _Seat, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """One run of a part: by its replacement, from memory, or by itself."""
-        if part in self._replaced:
-            return self._replaced[part].run(feeds)
-        key = _digest(feeds) if part not in self._denoisers else b""
-        if not key or key not in memory:
-            outputs = session.run(feeds)
-            if key and len(memory) < KEPT:
-                memory[key] = outputs
+        if seat.part in self._replaced:
+            return self._replaced[seat.part].run(feeds)
+        key = _digest(feeds) if seat.part not in self._denoisers else b""
+        if not key or key not in seat.memory:
+            outputs = seat.session().run(feeds)
+            if key and len(seat.memory) < KEPT:
+                seat.memory[key] = outputs
         else:
-            outputs = memory[key]
-        return outputs if self._watch is None else self._watch(part, feeds, outputs)
+            outputs = seat.memory[key]
+        return outputs if self._watch is None else self._watch(seat.part, feeds, outputs)
+
+    def _open(self, graph: Path, device: str, *, threads: int = 0) -> Session:
+        name, part = self._parts[graph]
+        seat = _Seat(name, part, partial(open_session, graph, device, threads=threads, planned=False), self)
+        self._seats[name] = seat
+        return seat
 
 
 class CallsWorkload:
@@ -209,22 +256,30 @@ def joined(outputs: Mapping[str, Array]) -> Array:
 
 
 class _Seat:
-    """A session of the runtime whose runs the workload answers."""
+    """A session of the runtime, opened when it is needed, whose runs the stage answers."""
 
-    def __init__(self, part: str, session: Session, workload: PictureWorkload) -> None:
-        self._part, self._session, self._workload = part, session, workload
-        self._memory: dict[bytes, dict[str, Array]] = {}
-        self.device = session.device
-        self.inputs: tuple[TensorSpec, ...] = session.inputs
-        self.outputs: tuple[TensorSpec, ...] = session.outputs
+    def __init__(self, name: str, part: Part, opener: Callable[[], Session], stage: _Stage) -> None:
+        self.part, self.memory = name, dict[bytes, dict[str, Array]]()
+        self.device, self.inputs, self.outputs = "cpu", part.inputs, part.outputs
+        self._opener, self._stage = opener, stage
+        self._session: Session | None = None
+
+    def session(self) -> Session:
+        """The part's own session."""
+        if self._session is None:
+            self._session = self._opener()
+        return self._session
+
+    def close(self) -> None:
+        self._session = None
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """What the workload answers."""
-        return self._workload.answer(self._part, self._session, self._memory, feeds)
+        """What the stage answers."""
+        return self._stage.answer(self, feeds)
 
     def bind(self) -> Binding:
         """Buffers of the session itself; no sampling loop asks for them."""
-        return self._session.bind()
+        return self.session().bind()
 
 
 class _Disturb:

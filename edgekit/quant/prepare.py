@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,8 +14,18 @@ import onnx_ir as ir
 
 from edgekit.bundle.store import Bundle
 from edgekit.quant.calibrate import Calibration, calibrate
-from edgekit.quant.choices import Choice
-from edgekit.quant.graph import F32, Unit, find_units, load_graph, normalised, weight_matrix
+from edgekit.quant.choices import CHOICES, Choice
+from edgekit.quant.graph import (
+    F32,
+    Unit,
+    find_units,
+    from_matrix,
+    initializer,
+    load_graph,
+    normalised,
+    to_matrix,
+    weight_matrix,
+)
 from edgekit.quant.lower.common import Store
 from edgekit.quant.pictures import Call, CallsWorkload, PictureWorkload, denoisers
 from edgekit.quant.plan import Rewrite
@@ -23,14 +34,16 @@ from edgekit.quant.rewrite import Constants, find_constant_rows, split_rows, spl
 from edgekit.quant.scores import Scores
 from edgekit.quant.smooth import divide, smoothing_factors
 from edgekit.quant.targets import Target
-from edgekit.quant.weights import Stored, store
+from edgekit.quant.weights import Stored, restore, store
 from edgekit.quant.workload import Workload
+from edgekit.runtime.backends import open_session
 from edgekit.runtime.diffusion.pipeline import DrawRequest
 
 Array = npt.NDArray[Any]
 Progress = Callable[[str, float], None]
 
 NBITS_ROUNDING = "search"  # of weights that meet floats: a row of ROUNDINGS
+COARSER = "w8a16"  # to see how errors carry: weights alone, as no range is known yet
 WORTH = 0.7  # of the rounding error must be all that is left for smoothing to be done
 
 
@@ -82,6 +95,7 @@ def prepare_pictures(
     bundle: Bundle,
     requests: Sequence[DrawRequest],
     workload: PictureWorkload,
+    trials: PictureWorkload,
     target: Target,
     work: Path,
     report: Progress,
@@ -91,6 +105,7 @@ def prepare_pictures(
     Args:
         bundle: the unquantized bundle.
         requests, workload: calibration requests, and what runs them.
+        trials: runs those of them that a denoiser's trials are measured on.
         target: what is planned for; smoothing is for its 8-bit activations.
         work: folder for the graphs.
         report: told what is done, and the share that is behind.
@@ -99,7 +114,7 @@ def prepare_pictures(
     report("recording the trajectory", 0.0)
     before = workload.record(names)
     calls = before | {name: found for name, found in workload.record(names, whole=True).items() if not before[name]}
-    once = PictureWorkload(bundle, [as_deployed(requests[0])]).record(names, whole=True)
+    once = workload.of([as_deployed(requests[0])]).record(names, whole=True)
     used = [name for name in names if calls[name]]
     metrics = [metric.name for metric in workload.metrics]
     prepared = []
@@ -110,14 +125,14 @@ def prepare_pictures(
         units = find_units(load_graph(path))
         if not units:
             continue
-        told, scale = _account(workload, name, calls[name], bundle, bool(before[name]))
+        told, scale = _account(workload, name, calls[name], bundle, path if before[name] else None)
         found = calibrate(load_graph(path), units, (*told, once[name][0]), part_report)
         if any("w8a8" in target.allowed(unit) for unit in units):
             found, smoothed, factors = _smoothed(path, units, (*told, once[name][0]), found, part_report)
             rewrites, constants = (*rewrites, *smoothed), replace(constants, factors=factors)
             units = find_units(load_graph(path))
         denoises = name in denoisers(bundle)
-        own: Workload = workload if denoises else CallsWorkload(name, told, metrics)
+        own: Workload = trials if denoises else CallsWorkload(name, told, metrics)
         runs = len(told) / len(requests)
         prepared.append(Prepared(name, path, units, rewrites, constants, told, once[name][0], runs, own, scale, found))
     return tuple(prepared)
@@ -189,25 +204,45 @@ def _lost(model: ir.Model, units: Sequence[Unit], found: Calibration, value: str
 
 
 def _account(
-    workload: PictureWorkload, part: str, calls: tuple[Call, ...], bundle: Bundle, comes_before: bool
+    workload: PictureWorkload, part: str, calls: tuple[Call, ...], bundle: Bundle, path: Path | None
 ) -> tuple[tuple[Call, ...], Mapping[str, Mapping[str, float]]]:
     """The calls with their gains, and how a part's own errors are entered into the account of the finished sample.
 
-    A denoiser's trials run to the sample themselves; of what comes before it, the mean gain says what is left there;
-    what comes after (decoders, enlargers) makes the picture, and a relative error of it counts as one of the sample.
+    A denoiser's trials run to the sample themselves; of what comes before it (then `path` is its graph), what is left
+    there of coarser weights says what is left of any error; what comes after (decoders, enlargers) makes the picture,
+    and a relative error of it counts as one of the sample.
     """
     names = [metric.name for metric in workload.metrics]
-    if not comes_before:
-        own = {metric.name for metric in CallsWorkload(part, calls, names).metrics}
-        return calls, {name: {name if name in own else "nsr": 1.0} for name in names}
-    gains = workload.gains(part)
-    told = tuple(replace(call, gain=gains[number % len(gains)]) for number, call in enumerate(calls))
     if part in denoisers(bundle):
+        gains = workload.gains(part)
+        told = tuple(replace(call, gain=gains[number % len(gains)]) for number, call in enumerate(calls))
         return told, {name: {name: 1.0} for name in names}
+    left = dict.fromkeys(names, 1.0)
+    if path is not None:
+        with tempfile.TemporaryDirectory(prefix="coarser-") as folder:
+            left = workload.carried(part, open_session(_coarser(path, Path(folder)), "cpu", planned=False))
     own = {metric.name for metric in CallsWorkload(part, calls, names).metrics}
-    means = {name: float(np.mean([gain[name] for gain in gains])) for name in names}
-    plain = tuple(replace(call, gain={}) for call in calls)
-    return plain, {name: {name if name in own else "nsr": mean} for name, mean in means.items()}
+    return calls, {name: {name if name in own else "nsr": left[name]} for name in names}
+
+
+def _coarser(path: Path, folder: Path) -> Path:
+    """A copy of a graph with its weights rounded to COARSER: an error of the kind that is to come, and a small one."""
+    model = load_graph(path)
+    for unit in find_units(model):
+        value = model.graph.initializers[unit.weight]
+        value.const_value = _rounded(initializer(model, unit.weight), unit)
+    made = folder / path.name
+    ir.save(model, made, external_data=f"{path.name}.data")
+    return made
+
+
+def _rounded(tensor: Any, unit: Unit) -> ir.LazyTensor:
+    def make() -> Any:
+        meant = restore(store(to_matrix(tensor.numpy(), unit), CHOICES[COARSER]))
+        made = from_matrix(meant, unit, tuple(tensor.shape))
+        return ir.tensor(made.astype(tensor.dtype.numpy()), name=unit.weight)
+
+    return ir.LazyTensor(make, tensor.dtype, tensor.shape, name=unit.weight)
 
 
 def _within(report: Progress, name: str, start: float, length: float) -> Progress:

@@ -39,8 +39,9 @@ PROMPTS = (
     "a blue door",
 )
 
-SIZES = ((50_000_000, 8, 2), (400_000_000, 4, 1))  # denoisers up to so many parameters: requests, pictures in each
-LARGE = (2, 1)
+# denoisers up to so many parameters: requests, pictures in each, requests that trials are measured on
+SIZES = ((50_000_000, 8, 2, 8), (400_000_000, 4, 1, 2))
+LARGE = (2, 1, 1)
 SMALL_SIDE = 256  # pixels at which a large denoiser's trials are run; what they are compared by is relative
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -57,7 +58,7 @@ def picture_requests(
     Raises:
         BadRequest: the task needs what is not given, or there are fewer than two different ones.
     """
-    count, batch = _count(bundle)
+    count, batch, _ = _count(bundle)
     prompts, pictures = _given(bundle, calibration)
     side = None if pictures else _side(bundle, count)
     made = []
@@ -78,9 +79,14 @@ def digest(requests: tuple[DrawRequest, ...]) -> str:
     return found.hexdigest()
 
 
-def _count(bundle: Bundle) -> tuple[int, int]:
+def trial_count(bundle: Bundle) -> int:
+    """How many of the requests to plan on the trials of a denoiser's units are measured on."""
+    return _count(bundle)[2]
+
+
+def _count(bundle: Bundle) -> tuple[int, int, int]:
     parameters = sum(bundle.manifest.parts[name].parameters for name in denoisers(bundle))
-    return next(((count, batch) for most, count, batch in SIZES if parameters <= most), LARGE)
+    return next((counts for most, *counts in SIZES if parameters <= most), LARGE)  # type: ignore[return-value]
 
 
 def _side(bundle: Bundle, count: int) -> int | None:

@@ -17,7 +17,7 @@ def test_the_page_quotes_the_help_of_every_verb(edgekit: Run) -> None:
     """
     blocks = re.findall(r"```\n\$ edgekit ([a-z ]*)--help\n(.*?)```", PAGE.read_text(), re.DOTALL)
     assert [verb.strip() for verb, _ in blocks] == [
-        *("", "export", "run", "inspect", "pair", "recipes", "recipes ls", "recipes show", "doctor", "demo")
+        *("", "export", "run", "inspect", "pair", "plan", "recipes", "recipes ls", "recipes show", "doctor", "demo")
     ]
     for verb, quoted in blocks:
         shown = edgekit(*verb.split(), "--help", env=PLAIN).stdout

@@ -138,7 +138,7 @@ def test_the_bundle_draws(small: tuple[Outcome, Bundle], small_bundle: Bundle) -
 def test_rivals_are_measured_plans_that_are_no_larger(
     small_bundle: Bundle, small_measured: Measured, tmp_path: Path
 ) -> None:
-    """One choice for everything, on the same held-out requests; mixed beats it on every metric, and it leaves no file."""
+    """One choice for everything, on the same held-out requests: worse on every metric. It leaves no file."""
     options = MixedOptions(Budget(bytes=BYTES, times=SLOW))
     (tmp_path / "here").mkdir()
     outcome = quantize(small_bundle, small_measured, options, tmp_path / "here" / "staging", Told())

@@ -86,9 +86,7 @@ def test_samples_are_those_that_the_runtime_draws(small_bundle: Bundle, workload
     assert workload.metrics == (CONTENT, QUALITY)
 
 
-def test_a_replaced_part_changes_the_sample(
-    small_bundle: Bundle, workload: PictureWorkload, tmp_path: Path
-) -> None:
+def test_a_replaced_part_changes_the_sample(small_bundle: Bundle, workload: PictureWorkload, tmp_path: Path) -> None:
     """The same graph changes nothing, another one does, and afterwards all is as before."""
     same = Wrapped(opened(small_bundle, "unet"))
     for sample, reference in zip(workload.run({"unet": same}), workload.reference, strict=True):
@@ -140,6 +138,26 @@ def test_the_gain_of_the_last_step_is_that_of_an_error_put_in_by_hand(
     for name, gain in gains[-1].items():
         assert gain == pytest.approx(end[name] / start[name], rel=0.2), name
     assert workload.gains("unet") == gains, "the same noise every time"
+
+
+def test_what_a_replacement_leaves_in_the_sample(workload: PictureWorkload, tmp_path: Path) -> None:
+    """Its error there over its error here, each by the metrics that fit; nothing where it makes none."""
+    other = other_encoder(tmp_path)
+    calls = workload.record(["text_encoder"])["text_encoder"]
+    answers = [other.run(call.feeds)["last_hidden_state"] for call in calls]
+    start = errors((NSR,), [call.outputs["last_hidden_state"] for call in calls], answers)["nsr"]
+    end = errors(workload.metrics, workload.reference, workload.run({"text_encoder": other}))
+    assert workload.carried("text_encoder", other) == pytest.approx({name: end[name] / start for name in end})
+
+
+def test_other_requests_share_the_sessions(small_bundle: Bundle, workload: PictureWorkload) -> None:
+    """The workload of other requests gives what one of its own would, and the first is as it was, closed in between."""
+    other = workload.of(REQUESTS[1:])
+    np.testing.assert_allclose(other.reference[0], workload.reference[1], atol=1e-6)
+    assert len(other.run({})) == 1
+    workload.release()
+    for sample, reference in zip(workload.run({}), workload.reference, strict=True):
+        np.testing.assert_allclose(sample, reference, atol=1e-6)
 
 
 def test_recorded_runs_are_a_workload_of_their_own(small_bundle: Bundle, workload: PictureWorkload) -> None:

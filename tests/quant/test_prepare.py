@@ -50,7 +50,7 @@ def encoder_of(bundle: Bundle, prompts: Path, work: Path) -> Prepared:
     """The bundle's text encoder, prepared on four requests."""
     requests = picture_requests(bundle, prompts)[0][:4]
     workload = PictureWorkload(bundle, requests, threads=1)
-    parts = prepare_pictures(bundle, requests, workload, CPU, work, lambda what, share: None)
+    parts = prepare_pictures(bundle, requests, workload, workload, CPU, work, lambda what, share: None)
     return next(part for part in parts if part.part == "text_encoder")
 
 
@@ -103,7 +103,7 @@ def test_smoothing_keeps_accuracy_in_the_lowered_graph(small_bundle: Bundle, pro
     requests = picture_requests(loud, prompts)[0][:4]
     workload = PictureWorkload(loud, requests, threads=1)
     floats = TARGETS["cuda"]  # has no 8-bit activations, so nothing is smoothed for it
-    parts = prepare_pictures(loud, requests, workload, floats, tmp_path / "not", lambda what, share: None)
+    parts = prepare_pictures(loud, requests, workload, workload, floats, tmp_path / "not", lambda what, share: None)
     rough = next(part for part in parts if part.part == "text_encoder")
     assert rough.rewrites == ()
     lost = []
@@ -115,23 +115,25 @@ def test_smoothing_keeps_accuracy_in_the_lowered_graph(small_bundle: Bundle, pro
     assert 0 < lost[0] < 0.5 * lost[1]
 
 
-def test_the_account_of_a_part(small_measured: Measured) -> None:
-    """A denoiser's errors are the sample's; an encoder's are carried by the mean gain; a decoder's count as they are."""
+def test_the_account_of_a_part(small_measured: Measured, tmp_path: Path) -> None:
+    """A denoiser's errors are the sample's, a decoder's count as they are, an encoder's by what is left of such ones."""
     unet, encoder, decoder = (called(small_measured, name) for name in ("unet", "text_encoder", "vae_decoder"))
     assert unet.account("content") == ("content", 1.0)
     assert decoder.account("quality") == ("quality", 1.0)
-    workload = small_measured.workload
-    assert isinstance(workload, PictureWorkload)
     own, scale = encoder.account("content")
-    gains = workload.gains("text_encoder")
     assert own == "nsr"
-    assert scale == pytest.approx(np.mean([gain["content"] for gain in gains]), rel=0.05)
+    made = make(encoder, {unit.id: "w4a16-32" for unit in encoder.units}, CPU, tmp_path)
+    replaced = {encoder.part: open_session(made.path, threads=1)}
+    workload, alone = small_measured.workload, CallsWorkload(encoder.part, encoder.calls, ["nsr"])
+    there = errors(workload.metrics, workload.run({}), workload.run(replaced))["content"]
+    here = errors((NSR,), alone.reference, alone.run(replaced))["nsr"]
+    assert 0.2 < scale * here / there < 5
     scores = Scores(("a",), ("fp32", "fp16"), {"nsr": np.array([[[0.0, 0.0], [3.0, 4.0]]], np.float32)}, "scan")
     np.testing.assert_allclose(encoder.entered("content", scores), [[0.0, 25 * scale]])
 
 
 def test_runs_and_gains_of_calls(small_measured: Measured) -> None:
-    """How often a request runs a part, a gain for every run of the denoiser alone, and a deployed run of one picture."""
+    """How often a request runs a part, gains of the denoiser's runs alone, and a deployed run of one picture."""
     parts = small_measured.parts
     assert {part.part: part.runs for part in parts} == {"text_encoder": 1.0, "unet": 2.0, "vae_decoder": 1.0}
     for part in parts:

@@ -24,10 +24,10 @@ def called(measured: Measured, name: str) -> Prepared:
 
 
 def made_of(measured: Measured, choice: str, folder: Path) -> tuple[Made, ...]:
-    """Every part, with this choice wherever it is allowed, and what it holds of an earlier one taken from that."""
+    """Every part, with this choice or else halves, and what it holds of an earlier one taken from that."""
     made: list[Made] = []
     for part in measured.parts:
-        choices = {unit.id: choice for unit in part.units if choice in CPU.allowed(unit)}
+        choices = {unit.id: choice if choice in CPU.allowed(unit) else "fp16" for unit in part.units}
         made.append(make(measured.refresh(part, made), choices, CPU, folder))
     return tuple(made)
 
