@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from edgekit.errors import BadRequest
+from edgekit.quant.metrics import metric_called
 
 UNITS = {"kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2.0**10, "mib": 2.0**20, "gib": 2.0**30}
 BUDGET = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", re.IGNORECASE)
@@ -46,7 +47,7 @@ def parse_budget(budgets: Iterable[str], caps: Iterable[str] = ()) -> Budget:
     """What was typed after `--budget` and `--metric-cap`, each any number of times.
 
     Raises:
-        BadRequest: no number, no known unit, or the same unit or metric twice.
+        BadRequest: no number, no known unit or metric, or the same unit or metric twice.
     """
     limits = _once("--budget", budgets, _limit)
     return Budget(**limits, caps=_once("--metric-cap", caps, _cap))
@@ -85,4 +86,5 @@ def _cap(text: str) -> tuple[str, float]:
         cap = math.nan
     if not equals or not name or not 0 < cap < math.inf:
         raise BadRequest(f"--metric-cap {text!r}: write NAME=NUMBER, such as content=0.01")
+    metric_called(name)
     return name, cap

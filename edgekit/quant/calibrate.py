@@ -28,7 +28,6 @@ Range = tuple[float, float]
 SHARES = (1.0, 0.85, 0.7, 0.55)  # of the whole range, that are tried
 CLIP_CALLS = 4  # recorded runs they are tried on, spread over all of them
 LEVELS = 255
-AT_ONCE = 64  # values measured in one graph: each keeps its tensor alive a little longer
 
 
 @dataclass(frozen=True)
@@ -64,59 +63,52 @@ def calibrate(model: ir.Model, units: Sequence[Unit], calls: Sequence[Call], pro
     """
     values = list(dict.fromkeys(name for unit in units if unit.op != "Gather" for name in (unit.data, unit.output)))
     wide = {unit.data for unit in units if unit.op == "MatMul"}
-    groups = [values[at : at + AT_ONCE] for at in range(0, len(values), AT_ONCE)]
     ends: dict[str, list[tuple[float, float]]] = {name: [] for name in values}
     shapes: dict[str, tuple[int, ...]] = {}
     channels: dict[str, npt.NDArray[np.float32]] = {}
     squares: dict[str, npt.NDArray[np.float32]] = {}
-    for number, group in enumerate(groups):
-        for found in _runs(model, calls, partial(_add_ends, names=group, wide=wide)):
-            for name in group:
-                low, high = float(found[f"{name}.low"]), float(found[f"{name}.high"])
-                if not np.isfinite([low, high, float(found[f"{name}.mean"])]).all():
-                    raise GateFailed(f"activation {name!r} is not finite on the calibration inputs; check the weights")
-                ends[name].append((low, high))
-                shapes[name] = tuple(int(size) for size in found[f"{name}.shape"])
-                if name in wide:
-                    channels[name] = np.maximum(channels.get(name, np.float32(0)), found[f"{name}.channels"])
-                    squares[name] = squares.get(name, np.float32(0)) + found[f"{name}.squares"] / np.float32(len(calls))
-        progress("calibrating", 0.4 * (number + 1) / len(groups))
+    for number, found in enumerate(_runs(model, calls, partial(_add_ends, names=values, wide=wide))):
+        for name in values:
+            low, high = float(found[f"{name}.low"]), float(found[f"{name}.high"])
+            if not np.isfinite([low, high, float(found[f"{name}.mean"])]).all():
+                raise GateFailed(f"activation {name!r} is not finite on the calibration inputs; check the weights")
+            ends[name].append((low, high))
+            shapes[name] = tuple(int(size) for size in found[f"{name}.shape"])
+            if name in wide:
+                channels[name] = np.maximum(channels.get(name, np.float32(0)), found[f"{name}.channels"])
+                squares[name] = squares.get(name, np.float32(0)) + found[f"{name}.squares"] / np.float32(len(calls))
+        progress("calibrating", 0.5 * (number + 1) / len(calls))
     whole = {
         name: (min(0.0, *(low for low, _ in seen)), max(0.0, *(high for _, high in seen)))
         for name, seen in ends.items()
     }
-    ranges = _clipped(model, calls, groups, whole, progress)
+    ranges = _clipped(model, calls, whole, progress)
     return Calibration(ranges, {name: _spread(seen) for name, seen in ends.items()}, shapes, channels, squares)
 
 
 def _clipped(
-    model: ir.Model,
-    calls: Sequence[Call],
-    groups: list[list[str]],
-    whole: dict[str, Range],
-    progress: Progress,
+    model: ir.Model, calls: Sequence[Call], whole: dict[str, Range], progress: Progress
 ) -> dict[str, tuple[float, float]]:
     """The range of least squared error, of those shrunk by SHARES."""
-    ranges = {}
     calls = calls[:: -(-len(calls) // CLIP_CALLS)]
-    for number, group in enumerate(groups):
-        lost = {name: np.zeros(len(SHARES)) for name in group}
-        for found in _runs(model, calls, partial(_add_losses, whole={name: whole[name] for name in group})):
-            for name in group:
-                lost[name] += found[f"{name}.lost"]
-        for name in group:
-            share = SHARES[int(lost[name].argmin())]
-            ranges[name] = (whole[name][0] * share, whole[name][1] * share)
-        progress("calibrating", 0.4 + 0.6 * (number + 1) / len(groups))
-    return ranges
+    lost = {name: np.zeros(len(SHARES)) for name in whole}
+    for number, found in enumerate(_runs(model, calls, partial(_add_losses, whole=whole))):
+        for name in whole:
+            lost[name] += found[f"{name}.lost"]
+        progress("calibrating", 0.5 + 0.5 * (number + 1) / len(calls))
+    best = {name: SHARES[int(losses.argmin())] for name, losses in lost.items()}
+    return {name: (low * best[name], high * best[name]) for name, (low, high) in whole.items()}
 
 
 def _runs(model: ir.Model, calls: Sequence[Call], add: Callable[[ir.Graph], None]) -> Iterator[dict[str, Array]]:
-    """Run a copy of the graph, with more outputs, on every recorded run."""
+    """Run a copy of the graph, with more outputs, on every recorded run.
+
+    Hundreds of tensors are reduced in one run; `eager`, each is reduced as soon as it is there, and goes.
+    """
     graph = model.clone()
     add(graph.graph)
     with scratch_graph(graph, "calibrating") as path:
-        session = open_session(path, "cpu", planned=False)
+        session = open_session(path, "cpu", planned=False, eager=True)
         for call in calls:
             yield session.run(call.feeds)
 
@@ -195,5 +187,5 @@ def _output(
 
 
 def _spread(ends: list[tuple[float, float]]) -> float:
-    widths = [high - low for low, high in ends]
-    return max(widths) / max(min(widths), 1e-30)
+    widths = [high - low for low, high in ends if high > low]
+    return max(widths) / min(widths) if widths else 1.0

@@ -264,8 +264,12 @@ class Decades:
 
     def place(self, value: float) -> float:
         """Where a value lies, from the top."""
+        return self.place_of_power(math.log10(value))
+
+    def place_of_power(self, power: float) -> float:
+        """Where a power of ten lies; itself, it may be too small for a number."""
         first, last = self.ends
-        return TOP + (HIGH - TOP - BOTTOM) * (last - math.log10(value)) / (last - first)
+        return TOP + (HIGH - TOP - BOTTOM) * (last - power) / (last - first)
 
     def marks(self) -> Iterator[int]:
         """Powers of ten that are written, nine at most."""
@@ -277,7 +281,7 @@ def _plot(title: str, y: Decades, marks: Sequence[Markup]) -> Markup:
     head = Markup('<svg class="plot" viewBox="0 0 {} {}" role="img" aria-label="{}">').format(WIDE, HIGH, title)
     rule = Markup('<line class="grid" x1="{0}" x2="{1}" y1="{2:.1f}" y2="{2:.1f}"/>')
     text = Markup('<text class="end" x="{}" y="{:.1f}">10<tspan dy="-5">{}</tspan></text>')
-    powers = [(power, y.place(10.0**power)) for power in y.marks()]
+    powers = [(power, y.place_of_power(power)) for power in y.marks()]
     grid = [rule.format(LEFT, WIDE - RIGHT, at) + text.format(LEFT - 6, at + 4, power) for power, at in powers]
     return head + Markup("").join([*grid, *marks]) + Markup("</svg>")
 

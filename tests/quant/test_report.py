@@ -133,7 +133,7 @@ def test_errors_are_told_with_what_was_allowed(page: Page) -> None:
 
 
 def test_points_are_plans_of_the_study(page: Page) -> None:
-    """The plan is what was decided; one choice for all costs the sum over rows, those that lack it at the next above."""
+    """The plan is what was decided; one choice for all costs its rows, those that lack it at the next above."""
     (mine,) = (point for point in page.points if point.kind == "plan")
     assert (mine.bytes, mine.errors) == (FOUND.bytes, FOUND.errors)
     uniform = {point.label: point for point in page.points if point.kind == "uniform"}
@@ -261,7 +261,7 @@ def test_texts_are_compared_token_by_token() -> None:
         scores += [math.log(p[row, text[len(text) - len(logits) + 1 + row]]) for row in range(len(logits) - 1)]
     assert found["perplexity"][0] == f"{math.exp(-np.mean(scores)):.4g}"
     assert text_rows(before, before, texts)[2] == ("same most likely token", "100 %", "100.0 %")
-    assert len(text_rows([before[0][:1]], [after[0][:1]], texts[:1])) == 4
+    assert len(text_rows([before[0][:1]], [after[0][:1]], texts[:1])) == 3  # one row says nothing of what follows
 
 
 def test_a_page_without_evidence_is_a_page(page: Page) -> None:

@@ -65,7 +65,13 @@ class Session(Protocol):
 
 
 def open_session(
-    graph: Path, device: str = "cpu", *, threads: int = 0, spinning: bool = True, planned: bool = True
+    graph: Path,
+    device: str = "cpu",
+    *,
+    threads: int = 0,
+    spinning: bool = True,
+    planned: bool = True,
+    eager: bool = False,
 ) -> Session:
     """Load one graph.
 
@@ -75,6 +81,7 @@ def open_session(
         threads: of the inference engine; 0 leaves the choice to it.
         spinning: let waiting threads stay awake; off for a session that takes turns with one that does so.
         planned: lay activations out ahead for shapes seen before; off where they are large and memory counts.
+        eager: run nodes as soon as they can, for graphs with very many outputs.
 
     Raises:
         UnknownDevice: no backend of this name.
@@ -85,5 +92,7 @@ def open_session(
     if name not in BACKENDS:
         raise UnknownDevice(f"no backend for {device!r}; known devices: {', '.join(BACKENDS)}")
     module = import_module(f"{__name__}.{BACKENDS[name]}")
-    session: Session = module.open_session(graph, device, threads=threads, spinning=spinning, planned=planned)
+    session: Session = module.open_session(
+        graph, device, threads=threads, spinning=spinning, planned=planned, eager=eager
+    )
     return session

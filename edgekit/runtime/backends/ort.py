@@ -36,7 +36,13 @@ DTYPES: dict[str, DType] = {
 
 
 def open_session(
-    graph: Path, device: str = "cpu", *, threads: int = 0, spinning: bool = True, planned: bool = True
+    graph: Path,
+    device: str = "cpu",
+    *,
+    threads: int = 0,
+    spinning: bool = True,
+    planned: bool = True,
+    eager: bool = False,
 ) -> OrtSession:
     """Load one graph with ONNX Runtime.
 
@@ -49,6 +55,8 @@ def open_session(
             ordinary decoding is as fast as without a draft; the draft's sleep (benchmarks/threads.py).
         planned: the second run of a shape lays its activations out as one block, and what the first took stays taken.
             Off where activations are large: a third less memory, the same CPU time (benchmarks/memory.py).
+        eager: what can run does, in the graph's order; else what leads to an output comes late, and where hundreds of
+            values are reduced to outputs they would all stay in memory.
 
     Raises:
         UnknownDevice: neither `cpu` nor `cuda[:N]`.
@@ -61,6 +69,8 @@ def open_session(
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     options.enable_mem_pattern = planned
+    if eager:
+        options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
     providers: list[Any] = [(PROVIDER_OF["cuda"], {"device_id": index})] if kind == "cuda" else []
     providers.append(PROVIDER_OF["cpu"])
