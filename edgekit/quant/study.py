@@ -29,6 +29,7 @@ Pick = npt.NDArray[np.int64]
 
 STUDY_FORMAT = 1
 FLOATS = ("fp32", "bf16", "fp16")
+SHARED = 0.3  # of what units' errors have in common on the calibration requests, that is taken to hold on others
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,7 +159,21 @@ class Study:
             if name not in self.errors:
                 raise BadRequest(f"--metric-cap {name}: this study has {', '.join(self.errors)}")
         found = allocate(problem, limits)
-        return refine(problem, limits, self.vectors, found.pick) if self.vectors else found
+        return refine(problem, limits, self._shrunk(), found.pick) if self.vectors else found
+
+    def _shrunk(self) -> dict[str, F32]:
+        """Vectors with the same lengths and SHARED times the products: each gets a dimension of its own.
+
+        On few requests some errors cancel by chance. On an image model with eight, plans refined with the whole products
+        were 13 to 14 % worse on held-out requests than unrefined ones, with 0.3 of them 6 to 13 % better.
+        """
+        found = {}
+        units = np.arange(len(self.rows))
+        for name, table in self.vectors.items():
+            own = np.zeros((*table.shape[:2], len(self.rows)), np.float32)
+            own[units, :, units] = np.sqrt((1 - SHARED) * self.errors[name])
+            found[name] = np.concatenate([table * np.float32(np.sqrt(SHARED)), own], -1)
+        return found
 
     def front(self, protect: Sequence[str] = (), points: int = 12) -> tuple[Allocation, ...]:
         """Plans that nothing beats, from the smallest to the most accurate."""

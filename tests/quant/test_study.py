@@ -190,10 +190,10 @@ def test_a_decision_is_the_best_there_is() -> None:
 
 
 def test_vectors_correct_a_decision() -> None:
-    """Errors of two rows that cancel cost nothing together, which their sum does not tell."""
+    """Errors of two rows that cancel cost less together, which their sum does not tell."""
     rows = tuple(Row("unet", (name,), "linear", 1024, (32, 32)) for name in "abc")
-    one = np.array([[0.0], [1.0]])
-    vectors = np.stack([one, -one, 0.9 * one]).astype(np.float32)
+    one, other = np.array([[0.0, 0.0], [1.0, 0.0]]), np.array([[0.0, 0.0], [0.0, 0.95]])
+    vectors = np.stack([one, -one, other]).astype(np.float32)
     study = Study(
         target="cpu:any",
         rows=rows,
