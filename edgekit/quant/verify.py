@@ -6,6 +6,7 @@ integer kernels the engine did not build, or that one choice for everything woul
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -168,7 +169,8 @@ def judge(
         gates.append(Gate("milliseconds of one generation against unquantized", after, SLOWER * before))
         if after > SLOWER * before and not may_be_slower:
             failed.append(
-                f"it takes {after:,.1f} ms where the unquantized bundle takes {before:,.1f} ms, and is less exact"
+                f"it takes {after:,.1f} ms where the unquantized bundle takes {before:,.1f} ms, and is less exact; "
+                f"--budget {math.ceil(10 * after / before) / 10:g}x says that it may"
             )
     for rival, theirs in rivals.items():
         if all(theirs[name] < value for name, value in verified.measured.items()):
