@@ -1,6 +1,6 @@
 """One step of a denoiser on one CPU: edgekit's mixed and uniform precision beside what other tools make of its graph.
 
-    python benchmarks/precision_speed.py --work DIR --bundle FP32 [--uniform BUNDLE] [--mixed BUNDLE]...
+    python benchmarks/precision_speed.py --work DIR --bundle FP32 [--uniform BUNDLE] [--mixed BUNDLE] [--openvino BUNDLE]
                                          [--engines ort,dynamic,static,nncf] [--rounds 15] [--table FILE]
 
 All tools are given the graph of the float32 bundle FP32 and the same recorded runs of it, taken from the deployed
@@ -326,6 +326,7 @@ def main() -> None:
     parser.add_argument("--bundle", type=Path, required=True, help="float32")
     parser.add_argument("--uniform", type=Path, action="append", default=[])
     parser.add_argument("--mixed", type=Path, action="append", default=[])
+    parser.add_argument("--openvino", type=Path, action="append", default=[], help="a bundle whose graph OpenVINO runs")
     parser.add_argument("--engines", default=USUAL)
     parser.add_argument("--calls", type=int, default=4, help="recorded runs that tools calibrate on")
     parser.add_argument("--held", type=int, default=2, help="recorded runs that errors are measured on")
@@ -343,6 +344,10 @@ def main() -> None:
             listed.append(
                 (Engine(f"{kind}-{name}", f"edgekit, {name}", "", "edgekit", ""), bundle_graph(path, workshop.part))
             )
+    for path in options.openvino:
+        name = f"edgekit, {path.resolve().name}, in OpenVINO"
+        engine = Engine(f"openvino-{path.resolve().name}", name, "", "openvino-f32", "ov")
+        listed.append((engine, bundle_graph(path, workshop.part)))
     found = opened(workshop, listed, options.threads)
     plain = ENGINES["ort"]
     if plain not in found:
