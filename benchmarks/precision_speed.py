@@ -1,7 +1,8 @@
 """One step of a denoiser on one CPU: edgekit's mixed and uniform precision beside what other tools make of its graph.
 
-    python benchmarks/precision_speed.py --work DIR --bundle FP32 [--uniform BUNDLE] [--mixed BUNDLE] [--openvino BUNDLE]
-                                         [--engines ort,dynamic,static,nncf] [--rounds 15] [--table FILE]
+    python benchmarks/precision_speed.py --work DIR --bundle FP32 [--uniform BUNDLE] [--mixed BUNDLE]
+                                         [--openvino BUNDLE] [--engines ort,dynamic,static,nncf] [--rounds 15]
+                                         [--table FILE]
 
 All tools are given the graph of the float32 bundle FP32 and the same recorded runs of it, taken from the deployed
 trajectory of prompts that no held-out run shares. Every engine has a process of its own that stays alive; in each round

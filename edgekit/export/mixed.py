@@ -20,7 +20,7 @@ from edgekit.bundle.manifest import Manifest
 from edgekit.bundle.store import new_bundle, read_bundle
 from edgekit.export.probe_worker import probe_apart
 from edgekit.quant.budget import parse_budget
-from edgekit.quant.flow import measure_bundle
+from edgekit.quant.flow import check_measurable, measure_bundle
 from edgekit.quant.mixed import MixedOptions, Outcome, quantize
 from edgekit.quant.plan import read_plan
 from edgekit.quant.report import write_report
@@ -50,6 +50,7 @@ def export_mixed(
     """
     options = _options(request)
     target = get_target(request.device)
+    check_measurable(target)
     plain = replace(request.in_floats(request.target), overwrite=True)
     work = cache_folder() / "precision" / plain.fingerprint()[:32]
     plain = replace(plain, target=work / "float.bundle")

@@ -237,7 +237,7 @@ class _Prober:
         with torch.no_grad():
             for unit in group:
                 node, weight = self.nodes[unit.id], weight_matrix(self.model, unit)
-                for choice in (CHOICES[name] for name in self.allowed[unit.id] if name != "fp32"):
+                for choice in (self.target.choice(name) for name in self.allowed[unit.id] if name != "fp32"):
                     run = as_chosen(node, unit, weight, choice, self.target, self.ranges, self.store)
                     if run is None:
                         continue

@@ -30,7 +30,7 @@ class WeightFormat:
         kind: floats, integer codes, E4M3 or E2M1.
         bits: of one stored weight.
         block: weights along k that share a scale; 0 is a whole row.
-        scale_bits: of one scale. fp8 has none but the whole matrix's; fp4 has both.
+        scale_bits: of one scale: those of blocks are float16. fp8 has none but the whole matrix's; fp4 has both.
         zero: whether each scale has a zero point beside it, of `bits` bits.
     """
 
@@ -75,15 +75,15 @@ CHOICES: dict[str, Choice] = {
         Choice("fp32", WeightFormat("float", 32)),
         Choice("fp16", WeightFormat("float", 16)),
         Choice("bf16", WeightFormat("float", 16)),
-        Choice("w8a16", WeightFormat("int", 8, 128)),
+        Choice("w8a16", WeightFormat("int", 8, 128, 16)),
         Choice("w8a8", WeightFormat("int", 8), "static"),
         Choice("w8a8-row", WeightFormat("int", 8), "row"),
         Choice("fp8", WeightFormat("fp8", 8), "static"),
-        Choice("w4a16-32", WeightFormat("int", 4, 32)),
-        Choice("w4a16-64", WeightFormat("int", 4, 64)),
-        Choice("w4a16-128", WeightFormat("int", 4, 128)),
+        Choice("w4a16-32", WeightFormat("int", 4, 32, 16)),
+        Choice("w4a16-64", WeightFormat("int", 4, 64, 16)),
+        Choice("w4a16-128", WeightFormat("int", 4, 128, 16)),
         Choice("nvfp4", WeightFormat("fp4", 4, 16, 8), "static"),
-        Choice("w2a16-32", WeightFormat("int", 2, 32)),
+        Choice("w2a16-32", WeightFormat("int", 2, 32, 16)),
     )
 }
 

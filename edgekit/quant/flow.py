@@ -15,12 +15,13 @@ from edgekit.quant.choices import CHOICES
 from edgekit.quant.graph import Unit, find_units, load_graph
 from edgekit.quant.measure import Probe
 from edgekit.quant.mixed import Measured, measure_parts
+from edgekit.quant.moments import gathered_moments
 from edgekit.quant.pictures import Call, PictureWorkload
 from edgekit.quant.prepare import Prepared, prepare_pictures, rewrite
 from edgekit.quant.refresh import refreshed
 from edgekit.quant.requests import digest, picture_requests, trial_count
 from edgekit.quant.targets import Target
-from edgekit.quant.texts import TextWorkload, second_moments, text_workloads
+from edgekit.quant.texts import MORE, TextWorkload, text_workloads
 
 Progress = Callable[[str, float], None]
 
@@ -48,11 +49,7 @@ def measure_bundle(
     Raises:
         BadRequest: the calibration cannot be used, or the target has no engine here to measure with.
     """
-    if target.engine not in ("ort-cpu", "openvino"):
-        raise BadRequest(
-            f"mixed precision for {target.name} is measured on that device, which this edgekit does not do yet; plan "
-            "for cpu, or give choices of your own in a --plan"
-        )
+    check_measurable(target)
     work.mkdir(parents=True, exist_ok=True)
     if bundle.manifest.decoding is not None:
         return _measure_text(bundle, target, calibration, work, report, threads)
@@ -74,6 +71,15 @@ def measure_bundle(
     )
 
 
+def check_measurable(target: Target) -> None:
+    """Raise BadRequest for a target that nothing here can be measured for."""
+    if target.engine not in ("ort-cpu", "openvino"):
+        raise BadRequest(
+            f"mixed precision for {target.name} is measured on that device, which this edgekit does not do yet; plan "
+            "for cpu, or export for it in one precision"
+        )
+
+
 def _measure_text(
     bundle: Bundle, target: Target, calibration: Path | None, work: Path, report: Progress, threads: int
 ) -> Measured:
@@ -81,12 +87,12 @@ def _measure_text(
     every = target.allowed
     target = replace(target, allowed=lambda unit: _of_weights(every(unit)))
     report("reading text", 0.0)
-    chosen, held_out = text_workloads(bundle, calibration, threads=threads)
+    chosen, held_out, fed = text_workloads(bundle, calibration, more=MORE, threads=threads, work=work)
     path, rewrites, constants = rewrite(bundle, chosen.part, (), work)
     model = load_graph(path)
     units = find_units(model)
     report("calibrating", 0.1)
-    moments = second_moments(chosen, model, units, threads=threads)
+    moments, grams = gathered_moments(fed, model, units, work / f"{chosen.part}.moments", threads=threads)
     one = TextWorkload(bundle, [chosen.requests[0][:1]], threads=threads)
     part = Prepared(
         part=chosen.part,
@@ -99,14 +105,16 @@ def _measure_text(
         runs=1.0,
         workload=chosen,
         scale={"kl": {"kl": 1.0}},
-        found=_found(units, {unit.data: moments[unit.id] for unit in units if unit.id in moments}),
+        found=_found(units, moments),
+        grams=grams,
+        rounding=f"gptq, fitted scales, of {fed.digest}",
     )
     study = measure_parts(bundle, (part,), ["kl"], target, work, _span(report, 0.1, 0.9), None, threads)
     return Measured(study, (part,), target, chosen, held_out, chosen.digest)
 
 
 def _of_weights(names: Sequence[str]) -> tuple[str, ...]:
-    return tuple(name for name in names if CHOICES[name].activation != "static")
+    return tuple(name for name in names if CHOICES[name].activation == "float")
 
 
 def _found(units: Sequence[Unit], moments: dict[str, np.ndarray]) -> Calibration:

@@ -27,6 +27,7 @@ KERNELS = {  # name of a kernel family -> the operators that are it
     "QLinearConv": frozenset({"QLinearConv"}),
     "integer MatMul": INTEGER_PRODUCTS,
     "MatMulNBits": frozenset({"MatMulNBits"}),
+    "GatherBlockQuantized": frozenset({"GatherBlockQuantized"}),
 }
 NAMED = 6  # units in a message
 
@@ -88,7 +89,7 @@ def _family(unit: Unit, name: str) -> str:
     if choice.is_float:
         return ""
     if choice.activation == "float":
-        return "MatMulNBits"
+        return "GatherBlockQuantized" if unit.op == "Gather" else "MatMulNBits"
     return "QLinearConv" if unit.op == "Conv" else "integer MatMul"
 
 

@@ -263,7 +263,8 @@ def _is_product(node: ir.Node) -> bool:
     if weight is None or not weight.is_initializer() or weight.const_value is None:
         return False
     shape, dtype = weight.const_value.shape, weight.const_value.dtype
-    if dtype not in FLOATS or weight.const_value.size < SMALLEST:
+    turned = "axis" in node.attributes and node.attributes["axis"].as_int() != 0  # a Gather's: scales lie along rows
+    if dtype not in FLOATS or weight.const_value.size < SMALLEST or turned:
         return False
     return len(shape) == 2 if node.op_type != "Conv" else len(shape) in (3, 4)
 

@@ -20,7 +20,7 @@ from edgekit.quant.choices import CHOICES
 from edgekit.quant.graph import Unit
 from edgekit.quant.latency import LatencyTable, boundaries, timed
 from edgekit.quant.metrics import Metric
-from edgekit.quant.prepare import NBITS_ROUNDING, Prepared, rounder
+from edgekit.quant.prepare import Prepared, rounder
 from edgekit.quant.scan import scan
 from edgekit.quant.scores import Scores, merge, rank_correlation
 from edgekit.quant.study import Row, Study
@@ -118,7 +118,7 @@ def scan_part(
         progress=report,
         store_dim=SKETCH_PER_REQUEST,
         store=rounder(part),
-        store_name=NBITS_ROUNDING,
+        store_name=part.rounding,
         cache=None if work is None else work / f"{part.part}.scan",
     )
 
@@ -276,7 +276,7 @@ def _row(part: Prepared, group: Sequence[int]) -> Row:
 
 def _bytes(unit: Unit, name: str, target: Target) -> float:
     """NaN where the choice is not allowed."""
-    return float(CHOICES[name].weight.bytes(unit.n, unit.k)) if name in target.allowed(unit) else np.nan
+    return float(target.choice(name).weight.bytes(unit.n, unit.k)) if name in target.allowed(unit) else np.nan
 
 
 def _whole(part: Prepared) -> float:

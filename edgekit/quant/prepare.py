@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from edgekit.quant.graph import (
     to_matrix,
     weight_matrix,
 )
-from edgekit.quant.lower.common import Store
+from edgekit.quant.lower.common import Store, stored_name
 from edgekit.quant.pictures import Call, CallsWorkload, PictureWorkload, denoisers
 from edgekit.quant.plan import Rewrite
 from edgekit.quant.requests import deployed as as_deployed
@@ -62,6 +62,9 @@ class Prepared:
         workload: what its trials are measured by.
         scale: by metric of the finished sample, what an error of `workload` is multiplied by to be one of the sample.
         found: ranges and shapes of activations.
+        grams: files with the second moments (k, k) of values, by name: weights that meet floats are then rounded by
+            GPTQ, else by NBITS_ROUNDING.
+        rounding: what finished trials know this rounding by, whatever it was calibrated on included.
     """
 
     part: str
@@ -75,6 +78,8 @@ class Prepared:
     workload: Workload
     scale: Mapping[str, Mapping[str, float]]
     found: Calibration
+    grams: Mapping[str, Path] = field(default_factory=dict)
+    rounding: str = NBITS_ROUNDING
 
     def account(self, metric: str) -> tuple[str, float]:
         """The workload's own metric that stands for one of the finished sample, and what it is multiplied by."""
@@ -126,6 +131,7 @@ def prepare_pictures(
         if not units:
             continue
         told, scale = _account(workload, name, calls[name], bundle, path if before[name] else None)
+        workload.release()  # two of a large network are many gigabytes
         found = calibrate(load_graph(path), units, (*told, once[name][0]), part_report)
         if any("w8a8" in target.allowed(unit) for unit in units):
             found, smoothed, factors = _smoothed(path, units, (*told, once[name][0]), found, part_report)
@@ -250,12 +256,22 @@ def _within(report: Progress, name: str, start: float, length: float) -> Progres
 
 
 def rounder(part: Prepared) -> Store:
-    """Weights alone are rounded with the calibration inputs in mind; what meets integer activations, to nearest."""
+    """Weights alone are rounded with the calibration inputs in mind; what meets integer activations, to nearest.
+
+    Units that share their weights are rounded alike, for the inputs of all products among them: a table takes the codes
+    that are best for the product it is tied to.
+    """
 
     def rounded(matrix: F32, choice: Choice, code_bits: int, unit: Unit) -> Stored:
-        if choice.activation != "float" or choice.is_float or unit.op != "MatMul":
+        if choice.activation != "float" or choice.is_float or unit.op == "Conv":
             return store(matrix, choice, code_bits=code_bits)
-        importance = part.found.moments.get(unit.data)
-        return store(matrix, choice, code_bits=code_bits, importance=importance, rounding=NBITS_ROUNDING)
+        name = stored_name(unit)
+        data = [each.data for each in part.units if each.op == "MatMul" and stored_name(each) == name]
+        rounding, moments = NBITS_ROUNDING, [part.found.moments.get(each) for each in data]
+        if data and all(each in part.grams for each in data):
+            rounding, moments = "gptq", [np.load(part.grams[each], mmap_mode="r") for each in data]
+        known = [each for each in moments if each is not None]
+        importance = np.asarray(sum(known[1:], known[0])) if known else None
+        return store(matrix, choice, code_bits=code_bits, importance=importance, rounding=rounding)
 
     return rounded

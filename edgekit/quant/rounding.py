@@ -3,7 +3,8 @@
     rtn      the scale spans the block's extremes, every weight goes to the nearest code
     search   the scale (and zero point) with the least error sum_k h_k (w_k - w'_k)**2 among a few, h_k = mean x_k**2
     gptq     the scales of `search`; then column by column, each rounding error made good in the columns to come, for
-             the least |X (W - W')|**2 (Frantar et al. 2022, arXiv 2210.17323)
+             the least |X (W - W')|**2 (Frantar et al. 2022, arXiv 2210.17323); then the scales that are best for those
+             codes
 
 All work on a few rows at a time, so that temporaries stay in cache.
 
@@ -24,6 +25,7 @@ from edgekit.errors import BadRequest
 from edgekit.quant.precision import blocked, round_codes, row_chunks
 
 F32 = npt.NDArray[np.float32]
+F64 = npt.NDArray[np.float64]
 I8 = npt.NDArray[np.int8]
 
 TINY = np.finfo(np.float32).tiny
@@ -32,6 +34,8 @@ STRETCHES = {2: np.linspace(-1, 1.5, 6), 4: np.linspace(-1, 3, 9)}
 DAMPING = 0.01  # of the mean diagonal, added to second moments that may be singular
 COLUMNS = 128  # of GPTQ between two large products
 GPTQ_ROWS = 2048
+HELD = 1e-3  # of a scale's own equation, that it stays as it is
+EQUATIONS = 1 << 25  # numbers in the equations for scales that are solved at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +48,14 @@ class Grid:
         zero: whether each block has a zero point.
         positive: whether scales must be positive, as TensorRT checks; else the longer end of the codes may lie on
             either side.
+        half: whether scales are stored as float16, and so are numbers that it holds.
     """
 
     bits: int
     block: int
     zero: bool = False
     positive: bool = False
+    half: bool = False
 
     @property
     def middle(self) -> int:
@@ -151,7 +157,8 @@ def to_nearest(fit: Fit) -> Rounding:
         weights = _column_weights(importance, k, grid.block)
         for rows in row_chunks(n, k):
             parts = blocked(matrix[rows], grid.block)
-            scales[rows], middles = fit(parts, weights, grid)
+            fitted, middles = fit(parts, weights, grid)
+            scales[rows] = _stored_scales(fitted, grid)  # before the codes, which make its rounding good
             whole = round_codes(parts, scales[rows], grid.bits, middles).reshape(len(parts), -1)[:, :k]
             codes[rows] = (whole - np.uint8(grid.middle)).view(np.int8)
             if zeros is not None:
@@ -176,15 +183,49 @@ def gptq(matrix: F32, grid: Grid, importance: F32 | None = None) -> Rounded:
     if importance is None or importance.ndim != 2:
         raise BadRequest("gptq needs the second moments (k, k) of the product's inputs; without them take search")
     start = ROUNDINGS["search"](matrix, grid, importance)
-    order, feedback = _feedback(importance)
-    codes = np.empty((n, k), np.int8)
+    damped = _damped(importance)
+    order, feedback = _feedback(damped)
+    moments: F32 = damped.astype(np.float32)
+    codes, fitted = np.empty((n, k), np.int8), np.empty_like(start.scales)
     for first in range(0, n, GPTQ_ROWS):
         rows = slice(first, first + GPTQ_ROWS)
         columns, scales = np.ascontiguousarray(matrix[rows][:, order].T), start.scales[rows].T
         zeros = np.zeros(scales.shape, np.int8) if start.zeros is None else start.zeros[rows].T
         rounded = _columns(columns, order // grid.block, scales, zeros, grid, feedback)
         codes[rows, order] = rounded.T
-    return Rounded(codes, start.scales, start.zeros)
+        given = None if start.zeros is None else start.zeros[rows]
+        fitted[rows] = _refitted(matrix[rows], codes[rows], start.scales[rows], given, grid, moments)
+    return Rounded(codes, fitted, start.zeros)
+
+
+def _refitted(matrix: F32, codes: I8, scales: F32, zeros: I8 | None, grid: Grid, moments: F32) -> F32:
+    """The scales (r, blocks) that are best for given codes, where they keep their sign.
+
+    With d_b the codes of block b (zero point taken off, 0 elsewhere), |X (w - sum_b s_b d_b)|^2 is least where
+    sum_c (d_b H d_c) s_c = d_b H w for every b.
+    """
+    n, k = matrix.shape
+    blocks = scales.shape[1]
+    out = np.empty_like(scales)
+    each = np.arange(blocks)
+    starts = each * grid.block
+    step = max(1, min(n, EQUATIONS // blocks**2))
+    for rows in (slice(first, first + step) for first in range(0, n, step)):
+        meant = codes[rows].astype(np.float32)
+        if zeros is not None:
+            meant -= np.repeat(zeros[rows], grid.block, axis=1)[:, :k]
+        wanted = np.add.reduceat(meant * (matrix[rows] @ moments), starts, axis=1)
+        system = np.empty((len(meant), blocks, blocks), np.float32)
+        for block, first in enumerate(starts):
+            columns = slice(first, first + grid.block)
+            system[:, block] = np.add.reduceat((meant[:, columns] @ moments[columns]) * meant, starts, axis=1)
+        own = system[:, each, each]
+        pull = HELD * own + TINY  # towards the scales there are: a block of zeros says nothing of its own
+        system[:, each, each] = own + pull
+        found = np.linalg.solve(system, (wanted + pull * scales[rows])[..., None])[..., 0]
+        found = np.where(np.isfinite(found) & (found * scales[rows] > 0), found, scales[rows])
+        out[rows] = _stored_scales(found, grid)
+    return out
 
 
 def _columns(columns: F32, block_of: Any, scales: F32, zeros: I8, grid: Grid, feedback: F32) -> I8:
@@ -207,16 +248,20 @@ def _columns(columns: F32, block_of: Any, scales: F32, zeros: I8, grid: Grid, fe
     return codes
 
 
-def _feedback(moments: F32) -> tuple[npt.NDArray[np.intp], F32]:
+def _damped(moments: F32) -> F64:
+    """Second moments that have an inverse, if they are second moments at all."""
+    damped = moments.astype(np.float64)
+    mean = float(np.diagonal(damped).mean())
+    damped[np.diag_indices_from(damped)] += DAMPING * mean if mean > 0 else 1.0
+    return damped
+
+
+def _feedback(damped: F64) -> tuple[npt.NDArray[np.intp], F32]:
     """The order of columns, and F (k, k): what an error of column i adds to what column j > i should round.
 
     Raises:
         BadRequest: these are no second moments.
     """
-    damped = moments.astype(np.float64)
-    diagonal = np.diagonal(damped)
-    mean = float(diagonal.mean())
-    damped[np.diag_indices_from(damped)] += DAMPING * mean if mean > 0 else 1.0
     order = np.argsort(-np.diagonal(damped), kind="stable")
     # An upper triangular R with H = R R^T is the Cholesky factor of H read backwards.
     try:
@@ -245,6 +290,21 @@ def _column_weights(importance: F32 | None, k: int, block: int) -> F32:
     # Inputs that were never seen to move weigh alike.
     shares: F32 = np.where(largest >= TINY, weights / _or_one(largest), np.float32(1))
     return shares
+
+
+def _stored_scales(scales: F32, grid: Grid) -> F32:
+    """Scales as they are stored.
+
+    Raises:
+        BadRequest: one is beyond float16's reach.
+    """
+    if not grid.half:
+        return scales
+    with np.errstate(over="ignore"):
+        narrow = scales.astype(np.float16)
+    if not np.isfinite(narrow).all():
+        raise BadRequest(f"a block's scale is {np.abs(scales).max():.3g}, beyond float16's 65504: choose fp32 for it")
+    return narrow.astype(np.float32)
 
 
 def _or_one(values: F32) -> F32:

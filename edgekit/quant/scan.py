@@ -132,7 +132,7 @@ def _check_ranges(
 ) -> None:
     for unit in units:
         for choice in wanted.get(unit.id, ()):
-            needed = ranges_of(unit, rounding_of(CHOICES[choice], target), target)
+            needed = ranges_of(unit, rounding_of(CHOICES[choice], target, unit.op), target)
             if missing := [name for name in needed if name not in ranges]:
                 raise BadRequest(f"{unit.id} cannot be tried at {choice}: no range of {', '.join(missing)}; calibrate")
 
@@ -244,7 +244,7 @@ class _Cache:
         needs = {
             name
             for choice in self.target.allowed(unit)
-            for name in ranges_of(unit, rounding_of(CHOICES[choice], self.target), self.target)
+            for name in ranges_of(unit, rounding_of(CHOICES[choice], self.target, unit.op), self.target)
         }
         facts = {
             **self.facts,

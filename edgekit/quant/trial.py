@@ -133,7 +133,7 @@ class TrialSession:
         allowed = self._target.allowed(unit)
         if choice not in allowed:
             raise BadRequest(f"{name} cannot be {choice!r} on {self._target.name}; it may be {', '.join(allowed)}")
-        rounding = rounding_of(get_choice(choice), self._target)
+        rounding = rounding_of(get_choice(choice), self._target, unit.op)
         missing = [each for each in ranges_of(unit, rounding, self._target) if each not in self._ranges]
         if missing:
             raise BadRequest(f"{name} cannot be tried at {choice}: calibration has no range of {', '.join(missing)}")
@@ -148,7 +148,7 @@ class TrialSession:
     def _weight(self, unit: Unit, choice: str) -> Array | None:
         """What is fed: the weights as stored, or their change, like the graph's own; None where they stay the same."""
         stored, before = initializer(self._model, unit.weight), weight_matrix(self._model, unit)
-        matrix = restore(self._store(before, get_choice(choice), self._target.code_bits, unit))
+        matrix = restore(self._store(before, self._target.choice(choice), self._target.code_bits, unit))
         if np.array_equal(matrix, before):
             return None
         if self._form == "delta":

@@ -38,12 +38,14 @@ def activation_code(ends: Range, symmetric: bool) -> tuple[np.float32, np.uint8 
     return scale, np.uint8(np.clip(np.rint(-low / scale), 0, 255))
 
 
-def rounding_of(choice: Choice, target: Target) -> str:
-    """How a choice rounds what its product is fed: a row of ROUNDINGS, or "" for floats.
+def rounding_of(choice: Choice, target: Target, op: str = "MatMul") -> str:
+    """How a choice rounds what its product is fed: a row of ROUNDINGS, or "" for floats and for tables (Gather).
 
     ONNX Runtime's product of stored integers on a CPU rounds its inputs too, token by token, in the weights' blocks.
     """
     kind = choice.weight.kind
+    if op == "Gather":
+        return ""
     if choice.activation == "float":
         return f"block{choice.weight.block}" if kind == "int" and target.engine == "ort-cpu" else ""
     return {"int": choice.activation, "fp8": "fp8", "fp4": "fp4"}[kind]
@@ -114,7 +116,7 @@ class _Site:
         assert weight is not None
         assert weight.const_value is not None
         self.weight, self.tensor = weight, weight.const_value
-        roundings = {rounding_of(get_choice(name), target) for name in target.allowed(unit)} - {""}
+        roundings = {rounding_of(get_choice(name), target, unit.op) for name in target.allowed(unit)} - {""}
         self.roundings = sorted(
             each for each in roundings if all(name in ranges for name in ranges_of(unit, each, target))
         )

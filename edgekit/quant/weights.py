@@ -31,6 +31,7 @@ FLOAT_TYPES: dict[str, Any] = {"fp32": np.float32, "fp16": np.float16, "bf16": m
 E4M3_MAX = np.float32(448)
 E4M3_LEAST = np.float32(2**-9)  # above 0
 E2M1_MAX = np.float32(6)
+HALF = 16  # bits of a float16
 LARGEST = 1e30  # weights beyond it are a damaged file's; below it no float32 on the way to codes overflows
 
 
@@ -89,7 +90,8 @@ def store(
     if form.kind == "int":
         integers_meet = choice.activation != "float"
         bits = min(code_bits, form.bits) if integers_meet else form.bits
-        grid = Grid(bits, form.block or matrix.shape[1], form.zero, positive or integers_meet)
+        positive = positive or integers_meet
+        grid = Grid(bits, form.block or matrix.shape[1], form.zero, positive, half=form.scale_bits == HALF)
         rounded = get_rounding(rounding)(matrix, grid, importance)
         return Stored(rounded.codes, rounded.scales, rounded.zeros, form, bits)
     return _store_fp8(matrix, form) if form.kind == "fp8" else _store_fp4(matrix, form)

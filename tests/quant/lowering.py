@@ -111,7 +111,7 @@ def stored_of(model: ir.Model, choice: str, code_bits: int = 7) -> tuple[Stored,
     """The one unit's weights as stored, and as they are meant, in float64."""
     model = normalised(model)
     (unit,) = find_units(model)
-    stored = store(weight_matrix(model, unit), CHOICES[choice], code_bits=code_bits)
+    stored = store(weight_matrix(model, unit), STRICT.choice(choice), code_bits=code_bits)
     return stored, restore(stored).astype(np.float64)
 
 

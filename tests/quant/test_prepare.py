@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import pytest
 from onnx import numpy_helper
 
 from edgekit.bundle.store import Bundle, read_bundle
@@ -116,7 +115,7 @@ def test_smoothing_keeps_accuracy_in_the_lowered_graph(small_bundle: Bundle, pro
 
 
 def test_the_account_of_a_part(small_measured: Measured, tmp_path: Path) -> None:
-    """A denoiser's errors are the sample's, a decoder's count as they are, an encoder's by what is left of such ones."""
+    """A denoiser's errors are the sample's, a decoder's count as they are, an encoder's by what is left of them."""
     unet, encoder, decoder = (called(small_measured, name) for name in ("unet", "text_encoder", "vae_decoder"))
     assert unet.account("content") == ("content", 1.0)
     assert decoder.account("quality") == ("quality", 1.0)

@@ -206,7 +206,35 @@ def test_gptq_is_the_published_algorithm(bits: int, zero: bool) -> None:
     # A tie in single precision may fall the other way and move what follows in that row.
     assert (mine.codes == twin).mean() > 0.98
     twins = Rounded(twin.astype(np.int8), start.scales, start.zeros)
-    assert output_error(matrix, mine, 32, x) == pytest.approx(output_error(matrix, twins, 32, x), rel=0.02)
+    plain = Rounded(mine.codes, start.scales, start.zeros)
+    assert output_error(matrix, plain, 32, x) == pytest.approx(output_error(matrix, twins, 32, x), rel=0.02)
+
+
+@pytest.mark.parametrize("zero", [False, True])
+@LOW_BITS
+def test_scales_fit_the_codes_they_are_for(bits: int, zero: bool) -> None:
+    """Those of least squares on the inputs themselves, up to damping; so the output error only falls."""
+    x, matrix, grid = correlated(1000, 176), normal((6, 176)), Grid(bits, 32, zero)
+    second = moments(x)
+    start, made = ROUNDINGS["search"](matrix, grid, second), ROUNDINGS["gptq"](matrix, grid, second)
+    before = Rounded(made.codes, start.scales, start.zeros)
+    ratio = output_error(matrix, made, 32, x) / output_error(matrix, before, 32, x)
+    codes = meaning(Rounded(made.codes, np.ones_like(made.scales), made.zeros), 32)
+    least = []
+    for row, weights in zip(codes, matrix, strict=True):
+        parts = np.stack([x[:, at : at + 32] @ row[at : at + 32] for at in range(0, 176, 32)], 1).astype(np.float64)
+        least.append(np.linalg.lstsq(parts, x.astype(np.float64) @ weights, rcond=None)[0])
+    best = output_error(matrix, Rounded(made.codes, np.array(least, np.float32), made.zeros), 32, x)
+    assert ratio < 0.995
+    assert output_error(matrix, made, 32, x) < 1.01 * best
+
+
+def test_fitted_scales_are_solved_for_a_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the same result."""
+    matrix, grid, second = normal((21, 96)), Grid(4, 32), moments(correlated(400, 96))
+    whole = ROUNDINGS["gptq"](matrix, grid, second)
+    monkeypatch.setattr(rounding, "EQUATIONS", 30)
+    np.testing.assert_allclose(ROUNDINGS["gptq"](matrix, grid, second).scales, whole.scales, rtol=1e-4)
 
 
 @LOW_BITS
@@ -217,9 +245,9 @@ def test_gptq_on_two_weights_finds_the_best_pair(bits: int) -> None:
     codes = range(-grid.middle, grid.middle)
     for seed in range(40):
         matrix = normal((1, 2), seed)
-        rounded = ROUNDINGS["gptq"](matrix, grid, second)
+        rounded, start = ROUNDINGS["gptq"](matrix, grid, second), ROUNDINGS["search"](matrix, grid, second)
 
-        def error(pair: np.ndarray, matrix: np.ndarray = matrix, scale: float = float(rounded.scales[0, 0])) -> float:
+        def error(pair: np.ndarray, matrix: np.ndarray = matrix, scale: float = float(start.scales[0, 0])) -> float:
             missing = matrix[0] - pair * scale
             return float(missing @ second @ missing)
 
@@ -232,12 +260,16 @@ def test_gptq_on_two_weights_finds_the_best_pair(bits: int) -> None:
 
 @EVERY
 def test_gptq_without_correlation_is_search(grid: Grid) -> None:
-    """Where inputs are independent there is nothing to make good: codes are those of `search`, ties aside."""
+    """Where inputs are independent there is nothing to make good: codes are those of `search`, ties aside.
+
+    Scales are then fitted to them, each block for itself, which can only help.
+    """
     matrix = normal((6, 70))
     second = np.diag(np.square(normal((70,), 4)) + 0.1).astype(np.float32)
     found, made = ROUNDINGS["search"](matrix, grid, second), ROUNDINGS["gptq"](matrix, grid, second)
-    np.testing.assert_array_equal(found.scales, made.scales)
-    np.testing.assert_allclose(meaning(made, grid.block), meaning(found, grid.block), atol=1e-5)
+    assert (made.codes == found.codes).mean() > 0.99
+    errors = [np.square(meaning(each, grid.block) - matrix) @ second.diagonal() for each in (found, made)]
+    assert (errors[1] <= 1.002 * errors[0] + 1e-12).all()
 
 
 def test_gptq_takes_inputs_that_never_moved() -> None:
@@ -262,7 +294,7 @@ def test_rows_are_rounded_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(rounding, "GPTQ_ROWS", 8)
     monkeypatch.setattr(rounding, "COLUMNS", 40)
     parts = ROUNDINGS[name](matrix, grid, second)
-    np.testing.assert_array_equal(parts.scales, whole.scales)
+    np.testing.assert_allclose(parts.scales, whole.scales, rtol=1e-3 if name == "gptq" else 0)
     # GPTQ's sums are taken in another order, so that a tie may fall the other way.
     assert (parts.codes == whole.codes).mean() > (0.98 if name == "gptq" else 0.9999)
 

@@ -21,8 +21,9 @@ from edgekit.export.language.export import export_language
 from edgekit.quant import texts
 from edgekit.quant.graph import find_units, from_matrix, initializer, load_graph, normalised, to_matrix
 from edgekit.quant.metrics import errors, kl_mean
+from edgekit.quant.moments import second_moments
 from edgekit.quant.precision import PRECISIONS
-from edgekit.quant.texts import TextWorkload, first_tokens, read, second_moments, text_workloads, written
+from edgekit.quant.texts import TextWorkload, first_tokens, read, text_workloads, written
 from edgekit.quant.workload import Workload, measure, reference_of
 from edgekit.runtime.backends import Array, Session, open_session
 from edgekit.runtime.llm.probs import Sampling
@@ -159,7 +160,7 @@ def test_a_session_that_can_only_run_is_enough(bundle: Bundle) -> None:
 
 def test_coarser_weights_diverge_more(bundle: Bundle, tmp_path: Path) -> None:
     """KL orders the precisions as their bits do, and its second order is close to the whole."""
-    chosen, _ = text_workloads(bundle, count=2, length=48, threads=1)
+    chosen, *_ = text_workloads(bundle, count=2, length=48, threads=1)
     reference = chosen.run({})
     found = []
     for precision in ("int8", "int8-128", "int4", "int4-128"):
@@ -174,7 +175,7 @@ def test_coarser_weights_diverge_more(bundle: Bundle, tmp_path: Path) -> None:
 @pytest.mark.parametrize("precision", ["int4", "int4-128"])
 def test_rounded_weights_predict_an_exported_bundle(exported: Made, precision: str, tmp_path: Path) -> None:
     """The KL of a float graph with rounded weights is that of the exporter's integer graph, within a tenth."""
-    chosen, _ = text_workloads(exported(), count=2, length=48, threads=1)
+    chosen, *_ = text_workloads(exported(), count=2, length=48, threads=1)
     reference = chosen.run({})
     predicted = measure(chosen, reference, {"decoder": rounded(exported(), precision, tmp_path)})["kl"]
     shipped = open_session(exported(precision=precision).graph("decoder"), threads=1)
@@ -226,7 +227,7 @@ def test_a_file_is_split_evenly_between_choosing_and_checking(bundle: Bundle, tm
     path = tmp_path / "text.py"
     path.write_text(SOURCE)
     tokenizer = Tokenizer.from_file(bundle.tokenizer())
-    chosen, held = text_workloads(bundle, path, count=3, length=40)
+    chosen, held, _ = text_workloads(bundle, path, count=3, length=40)
     assert [len(text) for text in (*chosen.requests, *held.requests)] == [40] * 6
     places = [SOURCE.index(tokenizer.decode(text)) for text in (*chosen.requests, *held.requests)]
     expected = [len(SOURCE) * part / 6 for part in (0, 2, 4, 1, 3, 5)]
@@ -333,21 +334,39 @@ def test_texts_begin_as_a_text_does_and_in_random_places(bundle: Bundle, without
     decoding, tokenizer = bundle.manifest.decoding, Tokenizer.from_file(bundle.tokenizer())
     assert decoding is not None
     firsts = [first_tokens(decoding, tokenizer, number, seed=1) for number in range(40)]
-    assert set(firsts[::2]) == {(0,)}
-    assert all(len(first) == 2 and first[0] == 0 and not tokenizer.is_silent(first[1]) for first in firsts[1::2])
-    assert len(set(firsts[1::2])) > 15
+    plain, others = ([firsts[at] for at in range(40) if at // 4 % 2 == kind] for kind in (0, 1))
+    assert set(plain) == {(0,)}
+    assert all(len(first) == 2 and first[0] == 0 and not tokenizer.is_silent(first[1]) for first in others)
+    assert len(set(others)) > 15
     no_begin = msgspec.structs.replace(decoding, bos=None, eos=(7, 8))
     assert first_tokens(no_begin, tokenizer, 0, seed=1) == (7,)
-    assert first_tokens(no_begin, tokenizer, 1, seed=1) == firsts[1][1:]
+    assert first_tokens(no_begin, tokenizer, 4, seed=1) == firsts[4][1:]
     bare = msgspec.structs.replace(decoding, bos=None, eos=())
     assert len(first_tokens(bare, tokenizer, 0, seed=1)) == 1
 
 
 def test_text_of_its_own_is_split_too(bundle: Bundle) -> None:
     """Without a file both workloads get texts of the model's own, none of them twice."""
-    chosen, held = text_workloads(bundle, count=2, length=16, threads=1)
-    assert chosen.requests == written(bundle, count=4, length=16, threads=1)[::2]
+    chosen, held, fed = text_workloads(bundle, count=2, length=16, threads=1)
+    assert chosen.requests == fed.requests == written(bundle, count=4, length=16, threads=1)[::2]
     assert not set(chosen.requests) & set(held.requests)
+
+
+def test_more_texts_calibrate_and_do_not_check(bundle: Bundle, tmp_path: Path) -> None:
+    """What is held out stays so; of a file as of written text, which is then kept and not written again."""
+    path = tmp_path / "text.py"
+    path.write_text(SOURCE)
+    for calibration in (None, path):
+        options: dict[str, Any] = {"count": 2, "length": 16, "more": 2, "threads": 1, "work": tmp_path}
+        chosen, held, fed = text_workloads(bundle, calibration, **options)
+        assert [len(each.requests) for each in (chosen, held, fed)] == [2, 2, 6]
+        assert set(chosen.requests) <= set(fed.requests)
+        assert not set(held.requests) & set(fed.requests)
+        assert fed.rows == chosen.rows
+    (kept,) = tmp_path.glob("texts-*.npy")
+    np.save(kept, np.load(kept)[::-1])
+    again, *_ = text_workloads(bundle, None, **options)
+    assert again.requests == tuple(tuple(map(int, text)) for text in np.load(kept)[::4])
 
 
 # ------------------------------------------------------------------------------------------------ second moments

@@ -269,14 +269,28 @@ def test_zeros_and_vanishing_weights_store_as_zeros(choice: Choice) -> None:
     assert np.abs(restore(store(vanishing, choice))).max() < 1e-36
 
 
-@pytest.mark.parametrize("size", [1e-30, 1e29])
+@pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize("choice", [*INTEGERS, CHOICES["fp8"], CHOICES["nvfp4"]], ids=lambda row: row.name)
-def test_relative_error_does_not_depend_on_size(choice: Choice, size: float) -> None:
-    """Scaling a matrix scales what is restored: nothing overflows or vanishes on the way."""
+def test_relative_error_does_not_depend_on_size(choice: Choice, large: bool) -> None:
+    """Scaling a matrix scales what is restored: nothing overflows or vanishes on the way, as far as scales reach."""
+    reach = (2.0**-8, 2.0**12) if choice.weight.scale_bits == 16 else (1e-30, 1e29)
+    size = reach[large]
     for rounding in ("rtn", "search"):
         plain = restore(store(normal((4, 64)), choice, rounding=rounding))
         scaled = restore(store(normal((4, 64)) * np.float32(size), choice, rounding=rounding))
         np.testing.assert_allclose(scaled / size, plain, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("rounding", ["rtn", "search", "gptq"])
+@pytest.mark.parametrize("choice", [each for each in INTEGERS if each.weight.block], ids=lambda row: row.name)
+def test_scales_of_blocks_are_numbers_that_float16_holds(choice: Choice, rounding: str) -> None:
+    """So nothing is rounded again when they are written; those it cannot hold are refused."""
+    moments = np.eye(200, dtype=np.float32) + 0.5
+    stored = store(normal((6, 200)), choice, importance=moments, rounding=rounding)
+    assert stored.scales is not None
+    np.testing.assert_array_equal(stored.scales, stored.scales.astype(np.float16).astype(np.float32))
+    with pytest.raises(BadRequest, match="65504"):
+        store(normal((6, 200)) * np.float32(1e8), choice, importance=moments, rounding=rounding)
 
 
 @pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])

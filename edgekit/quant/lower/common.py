@@ -11,7 +11,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from edgekit.errors import BadRequest
-from edgekit.quant.choices import Choice, get_choice
+from edgekit.quant.choices import Choice
 from edgekit.quant.graph import F32, Unit, initializer, lazy_initializer, to_matrix
 from edgekit.quant.targets import Target
 from edgekit.quant.weights import Stored, store
@@ -47,7 +47,7 @@ def checked(
     """
     if unknown := sorted(choices.keys() - {unit.id for unit in units}):
         raise BadRequest(f"the graph has no unit {', '.join(map(repr, unknown))}; make the plan again for this graph")
-    work = [(unit, get_choice(choices[unit.id])) for unit in units if unit.id in choices]
+    work = [(unit, target.choice(choices[unit.id])) for unit in units if unit.id in choices]
     for unit, choice in work:
         allowed = target.allowed(unit)
         if choice.name not in allowed:
@@ -99,6 +99,14 @@ class StoredWeight:
             self.stored()
         assert self._scales is not None
         return self._scales
+
+
+def stored_name(unit: Unit) -> str:
+    """What a unit's codes are called: the same for all that were one matrix before normalising, and so are now.
+
+    A square matrix may be read as it is by one and turned by another, so there only equal names count.
+    """
+    return unit.weight if unit.n == unit.k else unit.origin or unit.weight
 
 
 def half_initializer(model: ir.Model, unit: Unit) -> ir.Value:

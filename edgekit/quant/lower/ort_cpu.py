@@ -5,7 +5,10 @@
     MatMul w8a8     MatMulIntegerToFloat written as such: it takes the bias too, which the engine's own fusion leaves as
                     an Add. Its output stays float.
     MatMul w8a8-row the same, with one activation scale per token, taken as it runs.
-    wXa16           MatMulNBits at accuracy level 4, which rounds activations to int8 within the product.
+    wXa16           MatMulNBits at accuracy level 4, which rounds activations to int8 within the product. Scales are
+                    stored as float16; the Cast that it needs is folded when the graph is opened.
+    table wXa16     GatherBlockQuantized, which widens the rows that are asked for. A product that shares the table's
+                    weights reads the same codes.
     fp16            storage alone: a Cast of weights is folded when the graph is opened, a table's comes after Gather.
 
 Activations are uint8 with a zero point: signed ones are 17 times slower here. A value is rounded once for all its
@@ -16,16 +19,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from edgekit.errors import BadRequest
 from edgekit.quant.choices import Choice
 from edgekit.quant.graph import F32, Unit, initializer, lazy_initializer
+from edgekit.quant.lower.channel_weight import ChannelWeight
 from edgekit.quant.lower.common import (
     Array,
     Ranges,
@@ -39,7 +41,9 @@ from edgekit.quant.lower.common import (
     insert_behind,
     make_node,
     redirect,
+    stored_name,
 )
+from edgekit.quant.lower.tables import for_each, rows_of
 from edgekit.quant.targets import Target
 from edgekit.quant.weights import pack_nbits, pack_zeros
 
@@ -48,7 +52,6 @@ LEVELS = 255
 MIDDLE = 128  # the code of zero, where a token has its own scale
 REACH = 127
 INT8_ROUNDING = 4  # MatMulNBits' accuracy level
-BIAS_REACH = 2**30  # of an int32 bias; the other half is the product's
 PER_AXIS_OPSET = 13  # first with per-output scales
 AXES_OPSET = 18  # first whose ReduceMax takes its axes as an input
 BLOCK_OPSET = 21  # first whose QuantizeLinear takes a scale per token
@@ -124,6 +127,8 @@ class _Lowering:
             if choice.is_float:
                 if choice.name == "fp16":
                     self._half(node, unit)
+            elif unit.op == "Gather":
+                self._table(node, unit, choice)
             elif choice.activation == "float":
                 self._nbits(node, unit, choice)
             elif choice.activation == "row":
@@ -263,6 +268,22 @@ class _Lowering:
         inputs = [node.inputs[0], codes, scales, zeros[0] if zeros else None, None]
         self._exchange_product(node, unit, "MatMulNBits", inputs, accuracy_level=INT8_ROUNDING, **attributes)
 
+    def _table(self, node: ir.Node, unit: Unit, choice: Choice) -> None:
+        """GatherBlockQuantized of codes (n, blocks, bytes), as MatMulNBits has them: one copy serves both."""
+        form, (codes, scales, *zeros) = choice.weight, self._block_weight(unit, choice)
+        output, ids, count = node.outputs[0], node.inputs[1], form.blocks(unit.k)
+        attributes = {"bits": form.bits, "block_size": form.block, "gather_axis": 0, "quantize_axis": 2}
+        inputs = [codes, ids]
+        for stored, bits in [(scales, 0), *((packed, form.bits) for packed in zeros)]:
+            name = f"{stored.name}.each"
+            if name not in self.widened:
+                self.widened[name] = for_each(self.graph, stored, count, bits)
+            inputs.append(self.widened[name])
+        blocks = make_node("GatherBlockQuantized", inputs, unit.id, ir.Value(name=""), domain=MICROSOFT, **attributes)
+        blocks.outputs[0].name = f"{unit.id}.blocks"
+        made = [blocks, *rows_of(self.graph, blocks.outputs[0], ids, unit, count * form.block, output)]
+        exchange(self.graph, [node], made)
+
     def _exchange_product(
         self, node: ir.Node, unit: Unit, op: str, inputs: list[ir.Value | None], **attributes: int
     ) -> None:
@@ -283,7 +304,7 @@ class _Lowering:
     def _channel_weight(self, unit: Unit, choice: Choice, bias: ir.Value | None, step: float) -> list[ir.Value]:
         """A convolution's weights and its bias, each as what DequantizeLinear makes of its codes."""
         shape = tuple(initializer(self.model, unit.weight).shape)
-        made = _ChannelWeight(self._weight(unit, choice), None if bias is None else bias.const_value, step)
+        made = ChannelWeight(self._weight(unit, choice), None if bias is None else bias.const_value, step)
         name = f"{unit.id}.weight"
         codes = self._lazy(f"{name}.codes", lambda: made.codes().reshape(shape), "INT8", *shape)
         scales = self._lazy(f"{name}.scales", made.scales, "FLOAT", unit.n)
@@ -304,66 +325,30 @@ class _Lowering:
 
     def _block_weight(self, unit: Unit, choice: Choice) -> tuple[ir.Value, ...]:
         """uint8 (n, blocks, bytes), float32 (n, blocks), and uint8 zero points where the format has them."""
-        weight, name, form = self._weight(unit, choice), f"{unit.weight}.{choice.name}", choice.weight
+        weight, name, form = self._weight(unit, choice), f"{stored_name(unit)}.{choice.name}", choice.weight
         size = (unit.n, weight.blocks, form.block * form.bits // 8)
         codes = self._lazy(f"{name}.codes", lambda: pack_nbits(weight.stored()), "UINT8", *size)
-        scales = self._lazy(f"{name}.scales", weight.scales, "FLOAT", unit.n, weight.blocks)
+        scales = self._widened(f"{name}.scales", weight.scales, unit.n, weight.blocks)
         if not form.zero:
             return codes, scales
         width = -(-weight.blocks * form.bits // 8)
         zeros = self._lazy(f"{name}.zeros", lambda: _present(pack_zeros(weight.stored())), "UINT8", unit.n, width)
         return codes, scales, zeros
 
+    def _widened(self, name: str, make: Callable[[], F32], *shape: int) -> ir.Value:
+        """Numbers stored as float16, read as float32."""
+        if name not in self.widened:
+            half = self._lazy(name, lambda: make().astype(np.float16), "FLOAT16", *shape)
+            cast = _cast(half, f"{name}.float")
+            self.graph.insert_before(self.graph[0], [cast])
+            self.widened[name] = cast.outputs[0]
+        return self.widened[name]
+
     def _lazy(self, name: str, make: Callable[[], Array], dtype: str, *shape: int) -> ir.Value:
         """An initializer that is computed when it is written, one per name."""
         if name in self.graph.initializers:
             return self.graph.initializers[name]
         return lazy_initializer(self.graph, name, lambda: np.ascontiguousarray(make()), ir.DataType[dtype], shape)
-
-
-class _ChannelWeight:
-    """A convolution's int8 codes with their scales, and its bias in units of those times the activation's step.
-
-    The bias must fit int32. Where a channel's weights are so small that it would not, they get a larger scale: they
-    are then nothing beside the bias.
-    """
-
-    def __init__(self, weight: StoredWeight, bias: Any, step: float) -> None:
-        self._weight = weight
-        self._bias = bias
-        self._step = np.float32(step)
-
-    def codes(self) -> npt.NDArray[np.int8]:
-        """(n, k)."""
-        stored = self._weight.stored()
-        before, after = self._weight.scales()[:, 0], self.scales()
-        codes = stored.codes.astype(np.int8)
-        for row in np.flatnonzero(before != after):
-            codes[row] = np.rint(codes[row] * (before[row] / after[row]))
-        return codes
-
-    def scales(self) -> F32:
-        """(n,)."""
-        scales: F32 = self._weight.scales()[:, 0]
-        least = np.abs(self._offsets()) / (self._step * np.float32(BIAS_REACH))
-        enough: F32 = np.where(np.abs(scales) < least, least, scales)
-        return enough
-
-    def bias(self) -> npt.NDArray[np.int32]:
-        """(n,)."""
-        units, offsets = self.bias_scales(), self._offsets()
-        codes = np.divide(offsets, units, out=np.zeros_like(offsets), where=units != 0)
-        return np.rint(codes).astype(np.int32)
-
-    def bias_scales(self) -> F32:
-        """(n,)."""
-        steps: F32 = self.scales() * self._step
-        return steps
-
-    def _offsets(self) -> F32:
-        n = self._weight.unit.n
-        offsets: F32 = np.zeros(n, np.float32) if self._bias is None else self._bias.numpy().astype(np.float32)
-        return offsets
 
 
 def _only_reader(value: ir.Value) -> ir.Node | None:
