@@ -164,8 +164,8 @@ class Study:
     def _shrunk(self) -> dict[str, F32]:
         """Vectors with the same lengths and SHARED times the products: each gets a dimension of its own.
 
-        On few requests some errors cancel by chance. On an image model with eight, plans refined with the whole products
-        were 13 to 14 % worse on held-out requests than unrefined ones, with 0.3 of them 6 to 13 % better.
+        On few requests some errors cancel by chance. On an image model with eight, plans refined with the whole
+        products were 13 to 14 % worse on held-out requests than unrefined ones, with 0.3 of them 6 to 13 % better.
         """
         found = {}
         units = np.arange(len(self.rows))
