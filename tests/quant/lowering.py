@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from edgekit.quant.choices import CHOICES
 from edgekit.quant.graph import Unit, find_units, normalised, weight_matrix
 from edgekit.quant.lower import lower
-from edgekit.quant.targets import get_target
+from edgekit.quant.targets import Target, get_target
 from edgekit.quant.weights import Stored, restore, store
 from edgekit.runtime.backends import Session, open_session
 
@@ -107,11 +107,11 @@ def lowered(
     return Lowered(path, units, open_session(path, threads=1))
 
 
-def stored_of(model: ir.Model, choice: str, code_bits: int = 7) -> tuple[Stored, Array]:
+def stored_of(model: ir.Model, choice: str, code_bits: int = 7, target: Target = STRICT) -> tuple[Stored, Array]:
     """The one unit's weights as stored, and as they are meant, in float64."""
     model = normalised(model)
     (unit,) = find_units(model)
-    stored = store(weight_matrix(model, unit), STRICT.choice(choice), code_bits=code_bits)
+    stored = store(weight_matrix(model, unit), target.choice(choice), code_bits=code_bits)
     return stored, restore(stored).astype(np.float64)
 
 

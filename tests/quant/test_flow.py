@@ -30,7 +30,7 @@ class Listener:
 @pytest.mark.parametrize("name", ELSEWHERE)
 def test_devices_that_are_not_here_are_refused(small_bundle: Bundle, name: str, tmp_path: Path) -> None:
     """By name and with a way out, before anything is run or written."""
-    with pytest.raises(BadRequest, match=rf"mixed precision for {name} is measured on that device.*--plan"):
+    with pytest.raises(BadRequest, match=rf"mixed precision for {name} is measured on that device.*one precision"):
         measure_bundle(small_bundle, TARGETS[name], None, tmp_path / "work", lambda what, share: None, None)
     assert not (tmp_path / "work").exists()
 

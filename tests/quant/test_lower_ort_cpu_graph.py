@@ -88,7 +88,7 @@ def sizes(made: Lowered) -> int:
 def test_a_file_holds_what_the_choice_declares(choice: str, n: int, k: int, tmp_path: Path):
     """Weights, scales and padding are the declared bytes; a bias and a few scalars come on top."""
     made = lowered(tmp_path, linear(n, k), choice, {"x": (-1, 1)})
-    declared = CHOICES[choice].weight.bytes(n, k) + 4 * n
+    declared = STRICT.choice(choice).weight.bytes(n, k) + 4 * n
     assert declared <= sizes(made) <= declared + 32
     data = made.path.with_name("graph.onnx.data")
     assert data.stat().st_size <= declared

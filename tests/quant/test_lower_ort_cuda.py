@@ -38,7 +38,7 @@ def test_stored_integers_meet_float16(choice: str, n: int, k: int, shape: tuple[
     model = linear(n, k, bias=bias, rank=len(shape))
     x = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
     path = written(tmp_path, model, choice, target=OPEN)
-    _, weight = stored_of(model, choice)
+    _, weight = stored_of(model, choice, target=OPEN)
     wanted = x.astype(np.float16).astype(np.float64) @ weight.T + bias_of(model)
     got = run(path, x=x)
     assert np.abs(got - wanted).max() <= 5e-3 * np.abs(wanted).max()

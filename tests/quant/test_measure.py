@@ -161,7 +161,7 @@ def test_tables_of_a_study(small_measured: Measured, truth: Scores, unet: Prepar
         for column, name in enumerate(study.choices):
             allowed = name in CPU.allowed(unit)
             assert np.isfinite(time[column]) == allowed
-            wanted = CHOICES[name].weight.bytes(unit.n, unit.k) if allowed else np.nan
+            wanted = CPU.choice(name).weight.bytes(unit.n, unit.k) if allowed else np.nan
             np.testing.assert_equal(size[column], wanted)
     rows = [at for at, row in enumerate(study.rows) if row.part == "unet"]
     columns = [study.choices.index(name) for name in truth.choices]

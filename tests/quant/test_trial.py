@@ -12,7 +12,7 @@ import onnx_ir as ir
 import pytest
 
 from edgekit.errors import BadRequest, SessionFailed
-from edgekit.quant.choices import CHOICES, get_choice
+from edgekit.quant.choices import CHOICES
 from edgekit.quant.graph import Unit, weight_matrix
 from edgekit.quant.lower import lower
 from edgekit.quant.targets import TARGETS, Target
@@ -53,7 +53,7 @@ def distance(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def meant(matrix: np.ndarray, choice: str, target: Target) -> np.ndarray:
-    return restore(store(matrix, get_choice(choice), code_bits=target.code_bits))
+    return restore(store(matrix, target.choice(choice), code_bits=target.code_bits))
 
 
 def by_ends(x: np.ndarray, ends: tuple[float, float], symmetric: bool) -> np.ndarray:

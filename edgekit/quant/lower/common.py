@@ -14,7 +14,7 @@ from edgekit.errors import BadRequest
 from edgekit.quant.choices import Choice
 from edgekit.quant.graph import F32, Unit, initializer, lazy_initializer, to_matrix
 from edgekit.quant.targets import Target
-from edgekit.quant.weights import Stored, store
+from edgekit.quant.weights import Stored, pack_zeros, store
 
 Array = npt.NDArray[Any]
 Ranges = Mapping[str, tuple[float, float]]
@@ -71,8 +71,9 @@ def _check_range(ranges: Ranges, name: str, unit: Unit, choice: Choice) -> None:
 class StoredWeight:
     """A unit's weights as its choice stores them, made when asked for.
 
-    Codes are made anew each time, so that at most one matrix is in memory; scales are kept once they were made. Writing
-    a graph asks for initializers in the order of their registration: codes before scales makes each matrix once.
+    Codes are made anew each time, so that at most one matrix is in memory; scales and zero points are kept once they
+    were made. Writing a graph asks for initializers in the order of their registration: codes before scales makes each
+    matrix once.
     """
 
     def __init__(self, model: ir.Model, unit: Unit, choice: Choice, code_bits: int, store: Store) -> None:
@@ -81,6 +82,7 @@ class StoredWeight:
         self.blocks = choice.weight.blocks(unit.k)
         tensor = initializer(model, unit.weight)
         self._scales: F32 | None = None
+        self._zeros: npt.NDArray[np.uint8] | None = None
 
         def make() -> Stored:
             return store(to_matrix(tensor.numpy(), unit), choice, code_bits, unit)
@@ -90,7 +92,7 @@ class StoredWeight:
     def stored(self) -> Stored:
         """Round the matrix."""
         stored = self._make()
-        self._scales = stored.scales
+        self._scales, self._zeros = stored.scales, pack_zeros(stored)
         return stored
 
     def scales(self) -> F32:
@@ -99,6 +101,13 @@ class StoredWeight:
             self.stored()
         assert self._scales is not None
         return self._scales
+
+    def zeros(self) -> npt.NDArray[np.uint8]:
+        """Packed zero points, for a format that has them."""
+        if self._zeros is None:
+            self.stored()
+        assert self._zeros is not None
+        return self._zeros
 
 
 def stored_name(unit: Unit) -> str:

@@ -45,7 +45,7 @@ from edgekit.quant.lower.common import (
 )
 from edgekit.quant.lower.tables import for_each, rows_of
 from edgekit.quant.targets import Target
-from edgekit.quant.weights import pack_nbits, pack_zeros
+from edgekit.quant.weights import pack_nbits
 
 MICROSOFT = "com.microsoft"
 LEVELS = 255
@@ -332,7 +332,7 @@ class _Lowering:
         if not form.zero:
             return codes, scales
         width = -(-weight.blocks * form.bits // 8)
-        zeros = self._lazy(f"{name}.zeros", lambda: _present(pack_zeros(weight.stored())), "UINT8", unit.n, width)
+        zeros = self._lazy(f"{name}.zeros", weight.zeros, "UINT8", unit.n, width)
         return codes, scales, zeros
 
     def _widened(self, name: str, make: Callable[[], F32], *shape: int) -> ir.Value:
@@ -354,11 +354,6 @@ class _Lowering:
 def _only_reader(value: ir.Value) -> ir.Node | None:
     uses = list(value.uses())
     return uses[0][0] if len(uses) == 1 and not value.is_graph_output() else None
-
-
-def _present(array: Array | None) -> Array:
-    assert array is not None
-    return array
 
 
 def _cast(value: ir.Value, name: str) -> ir.Node:
