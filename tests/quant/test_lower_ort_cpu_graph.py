@@ -221,7 +221,7 @@ def test_every_engine_has_a_row():
 
 def test_zero_points_are_stored_beside_their_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A format with zero points gives the kernel a third input of the declared size, and the same numbers."""
-    choice = Choice("w4a16-32z", WeightFormat("int", 4, 32, zero=True))
+    choice = Choice("w4a16-32z", WeightFormat("int", 4, 32, 16, zero=True))
     monkeypatch.setitem(CHOICES, choice.name, choice)
     model = linear(24, 100)
     made = lowered(tmp_path, model, choice.name)

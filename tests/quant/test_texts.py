@@ -21,7 +21,6 @@ from edgekit.export.language.export import export_language
 from edgekit.quant import texts
 from edgekit.quant.graph import find_units, from_matrix, initializer, load_graph, normalised, to_matrix
 from edgekit.quant.metrics import errors, kl_mean
-from edgekit.quant.moments import second_moments
 from edgekit.quant.precision import PRECISIONS
 from edgekit.quant.texts import TextWorkload, first_tokens, read, text_workloads, written
 from edgekit.quant.workload import Workload, measure, reference_of
@@ -367,53 +366,3 @@ def test_more_texts_calibrate_and_do_not_check(bundle: Bundle, tmp_path: Path) -
     np.save(kept, np.load(kept)[::-1])
     again, *_ = text_workloads(bundle, None, **options)
     assert again.requests == tuple(tuple(map(int, text)) for text in np.load(kept)[::4])
-
-
-# ------------------------------------------------------------------------------------------------ second moments
-
-
-def inputs_of(bundle: Bundle, workload: TextWorkload, folder: Path) -> dict[str, list[Array]]:
-    """The slow twin's raw material: every product's whole input, out of the graph, by unit id."""
-    model = normalised(load_graph(bundle.graph("decoder")))
-    units = [unit for unit in find_units(model) if unit.op == "MatMul"]
-    values = {output.name: output for node in model.graph for output in node.outputs}
-    for name in dict.fromkeys(unit.data for unit in units):
-        values[name].type = ir.TensorType(ir.DataType.FLOAT)
-        model.graph.outputs.append(values[name])
-    ir.save(model, folder / "whole.onnx", external_data="whole.data")
-    session = open_session(folder / "whole.onnx", threads=1)
-    runs = [session.run(feeds) for feeds in workload.feeds]
-    return {unit.id: [run[unit.data].reshape(-1, unit.k) for run in runs] for unit in units}
-
-
-@pytest.mark.parametrize("rows", [0, 3])
-def test_second_moments_are_those_of_the_whole_inputs(bundle: Bundle, tmp_path: Path, rows: int) -> None:
-    """Sums made inside the graph are the sums of the activations taken out of it, vectors and matrices alike."""
-    workload = TextWorkload(bundle, REQUESTS, rows=rows, threads=1)
-    model = normalised(load_graph(bundle.graph("decoder")))
-    units = find_units(model)
-    before = [node.name for node in model.graph], [value.name for value in model.graph.outputs]
-    moments = second_moments(workload, model, units, threads=1)
-    grams = second_moments(workload, model, units, gram=True, threads=1)
-    assert before == ([node.name for node in model.graph], [value.name for value in model.graph.outputs])
-    slow = inputs_of(bundle, workload, tmp_path)
-    assert set(moments) == set(grams) == set(slow)
-    for unit in units:
-        if unit.op == "Gather":
-            continue
-        x = np.concatenate(slow[unit.id]).astype(np.float64)
-        assert len(x) == (2 * rows if rows and unit.role == "lm_head" else 16)
-        assert moments[unit.id].dtype == grams[unit.id].dtype == np.float32
-        np.testing.assert_allclose(moments[unit.id], (x * x).mean(0), rtol=1e-4)
-        whole = x.T @ x / len(x)
-        np.testing.assert_allclose(grams[unit.id], whole, atol=1e-5 * np.abs(whole).max())
-
-
-def test_second_moments_want_the_units_of_the_graph(bundle: Bundle) -> None:
-    """Units of another graph are refused, not guessed; none at all give nothing."""
-    model = normalised(load_graph(bundle.graph("decoder")))
-    workload = TextWorkload(bundle, REQUESTS, threads=1)
-    stranger = replace(find_units(model)[1], data="elsewhere")
-    with pytest.raises(BadRequest, match="'elsewhere'"):
-        second_moments(workload, model, [stranger], threads=1)
-    assert second_moments(workload, model, [], threads=1) == {}
