@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from edgekit.bundle.store import pack_zip
+from edgekit.bundle.store import pack_zip, read_bundle
 from edgekit.quant.choices import CHOICES
 from edgekit.quant.mixed import PLAN_FILE, STUDY_FILE
 from edgekit.quant.plan import read_plan
@@ -135,7 +135,7 @@ def test_a_file_is_replaced_only_when_asked(edgekit: Run, mixed: Path, tmp_path:
 def test_a_zip_is_planned_alike(edgekit: Run, mixed: Path, tmp_path: Path) -> None:
     """The same bundle in one file gives the same figures."""
     packed = tmp_path / "mixed.zip"
-    pack_zip(mixed, packed)
+    pack_zip(read_bundle(mixed), packed)
     own = {"EDGEKIT_CACHE": str(tmp_path / "cache")}
     one, other = (only_json(edgekit("plan", path, "--json", env=own)) for path in (mixed, packed))
     assert one["front"] == other["front"]

@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgekit.export import probe_rounding as rounding
-from edgekit.quant.choices import CHOICES
 from edgekit.quant.graph import find_units, weight_matrix
 from edgekit.quant.lower.common import rtn_store
 from edgekit.quant.targets import TARGETS
@@ -39,7 +38,7 @@ def test_a_unit_alone_is_what_onnx_runtime_tries(tmp_path: Path, device: str, ch
         next(iter(model.graph)),
         unit,
         weight_matrix(model, unit),
-        CHOICES[choice],
+        target.choice(choice),
         target,
         ranges,
         rtn_store,

@@ -351,5 +351,5 @@ def test_auto_is_refused_for_image_models(tmp_path: Path) -> None:
 def test_the_help_names_every_precision() -> None:
     """What `--precision` takes is what PRECISIONS holds, and auto."""
     (option,) = (option for option in command.params if option.name == "precision")
-    words = str(getattr(option, "help", "")).replace(":", ",").split(", ")
+    words = str(getattr(option, "help", "")).replace(":", ",").replace(";", ",").split(", ")
     assert {word.removeprefix("or ") for word in words} >= {*PRECISIONS, AUTO}
